@@ -1,0 +1,1 @@
+"""dropgen_fast."""

@@ -1,0 +1,85 @@
+"""Settings: dataclasses, filled from defaults, then a preset, then the command line.
+
+A preset is data, one YAML file in `dropgen_fast/presets` or anywhere else: a new data set needs a file and no code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from dropgen_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a data set asks for; the values of the DropGen paper for its own data sets (arXiv 2604.02564)."""
+
+    classes: tuple[str, ...] | None = None
+    """Class names in the order of their label values, background first; None: as the cohort says."""
+    spacing_mm: tuple[float, float, float] | None = None
+    """Voxel spacing to resample to, right-left, posterior-anterior, inferior-superior; None: the cohort's median."""
+    patch: tuple[int, int, int] | None = None
+    """Training patch in voxels; None: chosen from the prepared store."""
+    intensity_window: tuple[float, float] | None = None
+    """Intensities are clipped to (low, high) before the min-max rescaling (CT: Hounsfield units); None: no clipping."""
+    mirror: bool = True
+    """Whether flips and rotations by 90° are allowed; not where left and right are different labels."""
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files("dropgen_fast.presets").iterdir()
+                  if p.name.endswith(".yaml"))
+
+
+def load_preset(name: str | None) -> Preset:
+    """The preset of that name, or of that YAML file; None gives the defaults.
+
+    Raises:
+        InputError: no such preset or file, a key that a preset does not have, or a value of the wrong kind.
+    """
+    if name is None:
+        return Preset()
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise InputError(f"preset file {name} does not exist")
+        text = Path(name).read_text()
+    elif name in preset_names():
+        text = (resources.files("dropgen_fast.presets") / f"{name}.yaml").read_text()
+    else:
+        raise InputError(f"no preset {name!r}; there are {', '.join(preset_names())}, or give a .yaml file")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"preset {name} is not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"preset {name} must be a mapping of settings, got {type(values).__name__}")
+    known = {f.name for f in fields(Preset)}
+    if unknown := sorted(set(map(str, values)) - known):
+        raise InputError(f"preset {name} has unknown settings {unknown}; a preset has {sorted(known)}")
+    preset = Preset(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    _check_preset(name, preset)
+    return preset
+
+
+def _check_preset(name: str, preset: Preset) -> None:
+    def numbers(value: object, count: int, positive: bool) -> bool:
+        return (isinstance(value, tuple) and len(value) == count
+                and all(isinstance(v, (int, float)) and not isinstance(v, bool) and (v > 0 or not positive) for v in value))
+
+    if preset.spacing_mm is not None and not numbers(preset.spacing_mm, 3, True):
+        raise InputError(f"preset {name}: spacing_mm must be three positive numbers, got {preset.spacing_mm}")
+    if preset.patch is not None and not (numbers(preset.patch, 3, True) and all(isinstance(v, int) for v in preset.patch)):
+        raise InputError(f"preset {name}: patch must be three positive whole numbers, got {preset.patch}")
+    if preset.intensity_window is not None and not (
+            numbers(preset.intensity_window, 2, False) and preset.intensity_window[0] < preset.intensity_window[1]):
+        raise InputError(f"preset {name}: intensity_window must be two numbers, low < high, got {preset.intensity_window}")
+    if preset.classes is not None and not (isinstance(preset.classes, tuple) and len(preset.classes) >= 2
+                                           and all(isinstance(c, str) for c in preset.classes)):
+        raise InputError(f"preset {name}: classes must be at least two names, background first, got {preset.classes}")
+    if not isinstance(preset.mirror, bool):
+        raise InputError(f"preset {name}: mirror must be true or false, got {preset.mirror}")

@@ -1,0 +1,170 @@
+// What every native kernel shares: element types, the export macro that picks the code for this CPU, scratch memory.
+//
+// Each native.cpp is compiled once per instruction set (DGF_LEVEL = baseline, avx2, avx512) into the same library, and
+// the exported function picks one when called. Code of different levels must never be merged by the linker, so
+// everything here and in the kernels lives in an anonymous namespace and no standard library template is instantiated.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#define DGF_JOIN2(a, b, c) a##b##c
+#define DGF_JOIN(a, b, c) DGF_JOIN2(a, b, c)
+
+// DGF_ENTRY(name, Arguments) { body } defines dgf_name(const Arguments*), dispatched by instruction set.
+#if defined(DGF_LEVELS) && defined(DGF_BASELINE)
+#define DGF_ENTRY(name, Arguments)                                                                                     \
+  extern "C" int dgf_avx2_##name(const Arguments*);                                                                    \
+  extern "C" int dgf_avx512_##name(const Arguments*);                                                                  \
+  extern "C" int dgf_baseline_##name(const Arguments*);                                                                \
+  extern "C" __attribute__((visibility("default"))) int dgf_##name(const Arguments* a) {                               \
+    static const int level = cpu_level();                                                                              \
+    return level == 2 ? dgf_avx512_##name(a) : level == 1 ? dgf_avx2_##name(a) : dgf_baseline_##name(a);               \
+  }                                                                                                                    \
+  extern "C" int dgf_baseline_##name([[maybe_unused]] const Arguments* arguments)
+#elif defined(DGF_LEVELS)
+#define DGF_ENTRY(name, Arguments)                                                                                     \
+  extern "C" int DGF_JOIN(DGF_LEVEL, _, name)(const Arguments*);                                                       \
+  extern "C" int DGF_JOIN(DGF_LEVEL, _, name)([[maybe_unused]] const Arguments* arguments)
+#else  // one level only
+#define DGF_ENTRY(name, Arguments)                                                                                     \
+  extern "C" __attribute__((visibility("default"))) int dgf_##name([[maybe_unused]] const Arguments* arguments)
+#endif
+
+namespace {
+
+#if defined(DGF_LEVELS) && defined(DGF_BASELINE)
+// 0 baseline, 1 AVX2 + FMA + F16C, 2 AVX-512 (F, BW, DQ, VL); DROPGEN_FAST_CPU_LEVEL lowers it, for tests.
+int cpu_level() {
+  __builtin_cpu_init();
+  int level = 0;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) level = 1;
+  if (level == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    level = 2;
+  if (const char* wanted = std::getenv("DROPGEN_FAST_CPU_LEVEL")) {
+    const int limit = std::atoi(wanted);
+    if (limit >= 0 && limit < level) level = limit;
+  }
+  return level;
+}
+#endif
+
+// Element types, numbered as kernels/library.py numbers them.
+enum Type : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt16 = 3, kUInt8 = 4 };
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float to_float(float v) { return v; }
+inline float to_float(int16_t v) { return v; }
+inline float to_float(uint8_t v) { return v; }
+inline float to_float(BFloat16 v) { return from_bits(uint32_t(v.bits) << 16); }
+#ifdef __FLT16_MANT_DIG__
+inline float to_float(Half v) {
+  _Float16 h;
+  std::memcpy(&h, &v.bits, 2);
+  return float(h);
+}
+inline Half to_half(float v) {
+  const _Float16 h = _Float16(v);
+  Half result;
+  std::memcpy(&result.bits, &h, 2);
+  return result;
+}
+#else
+// For compilers without a half type. Scaling by a power of two moves the exponent, exactly, subnormals included.
+inline float to_float(Half v) {
+  const uint32_t sign = uint32_t(v.bits & 0x8000) << 16, rest = v.bits & 0x7fff;
+  if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  return from_bits(sign | to_bits(from_bits(rest << 13) * from_bits(0x77800000)));  // · 2^112
+}
+inline Half to_half(float v) {
+  const uint32_t bits = to_bits(v), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+  if (rest > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (rest >= 0x477ff000) return {uint16_t(sign | 0x7c00)};
+  if (rest < 0x38800000)  // subnormal: adding 0.5 leaves the rounded units of 2^-24 in the low bits
+    return {uint16_t(sign | (to_bits(from_bits(rest) + 0.5f) - 0x3f000000))};
+  return {uint16_t(sign | ((rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13))};
+}
+#endif
+
+inline void from_float(float v, float* out) { *out = v; }
+inline void from_float(float v, Half* out) { *out = to_half(v); }
+inline void from_float(float v, BFloat16* out) {  // round to nearest even; NaN stays NaN
+  const uint32_t bits = to_bits(v);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  out->bits = uint16_t(v != v ? (bits >> 16 | 0x40) : rounded);
+}
+
+// A row of n elements, `stride` elements apart, to float and back. Chosen once per call, used once per row.
+using LoadRow = void (*)(const void* data, int64_t offset, int64_t stride, int64_t n, float* out);
+using StoreRow = void (*)(const float* row, void* data, int64_t offset, int64_t stride, int64_t n);
+
+template <class T>
+void load_row(const void* data, int64_t offset, int64_t stride, int64_t n, float* __restrict out) {
+  const T* __restrict p = static_cast<const T*>(data) + offset;
+  if (stride == 1)
+    for (int64_t i = 0; i < n; ++i) out[i] = to_float(p[i]);
+  else
+    for (int64_t i = 0; i < n; ++i) out[i] = to_float(p[i * stride]);
+}
+
+template <class T>
+void store_row(const float* __restrict row, void* data, int64_t offset, int64_t stride, int64_t n) {
+  T* __restrict p = static_cast<T*>(data) + offset;
+  if (stride == 1)
+    for (int64_t i = 0; i < n; ++i) from_float(row[i], p + i);
+  else
+    for (int64_t i = 0; i < n; ++i) from_float(row[i], p + i * stride);
+}
+
+inline LoadRow load_for(int32_t type) {
+  switch (type) {
+    case kFloat32: return load_row<float>;
+    case kFloat16: return load_row<Half>;
+    case kBFloat16: return load_row<BFloat16>;
+    case kInt16: return load_row<int16_t>;
+    case kUInt8: return load_row<uint8_t>;
+    default: return nullptr;
+  }
+}
+inline StoreRow store_for(int32_t type) {
+  switch (type) {
+    case kFloat32: return store_row<float>;
+    case kFloat16: return store_row<Half>;
+    case kBFloat16: return store_row<BFloat16>;
+    default: return nullptr;
+  }
+}
+
+// Scratch memory of one thread, freed with its scope. `data` is null when there is no memory.
+template <class T>
+struct Scratch {
+  T* data;
+  explicit Scratch(int64_t n) : data(static_cast<T*>(std::malloc(sizeof(T) * size_t(n > 0 ? n : 1)))) {}
+  ~Scratch() { std::free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+}  // namespace

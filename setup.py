@@ -1,0 +1,90 @@
+"""Build of dropgen_fast: the Python packages, and one native library made by CMake.
+
+The library has a C interface and links neither Python nor torch, so it builds in seconds, anywhere, for any torch.
+Set ``DROPGEN_FAST_NO_NATIVE=1`` to install without it: the op then runs on Triton or in plain torch.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+NATIVE = os.environ.get("DROPGEN_FAST_NO_NATIVE", "0") in ("", "0")
+VERSION = "0.1.0"
+
+
+class CMakeBuild(build_ext):
+    """Builds kernels/**/native.* into one shared library beside the kernels' Python files."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """A plain shared library: its name carries no Python version."""
+        return str(Path(*fullname.split(".")[:-1]) / "libdropgen_fast.so")
+
+    def build_extension(self, ext: Extension) -> None:
+        """Configure and build with CMake; one clear line when that cannot be done."""
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / "native"
+        build.mkdir(parents=True, exist_ok=True)
+        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
+                     f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}"]
+        for command in (configure, ["cmake", "--build", str(build), "--parallel"]):
+            try:
+                done = subprocess.run(command, capture_output=True, text=True)
+            except FileNotFoundError:
+                sys.exit("dropgen_fast: building the native library needs CMake, and none was found: " + WAY_OUT)
+            if done.returncode:
+                log = build / "build.log"
+                log.write_text(done.stdout + done.stderr)
+                lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+                first = next((line for line in lines if "rror" in line), lines[-1] if lines else "no output")
+                sys.exit(f"dropgen_fast: the native library did not build ({first.strip()}; whole log: {log}): " + WAY_OUT)
+
+
+WAY_OUT = "install a C++17 compiler, or set DROPGEN_FAST_NO_NATIVE=1 to install without the native CPU backend"
+
+
+class PlatformWheel(bdist_wheel):
+    """The library depends on the platform and on no Python version."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """py3-none-<platform> when the native library is inside."""
+        tag: tuple[str, str, str] = super().get_tag()
+        return ("py3", "none", tag[2]) if NATIVE else tag
+
+
+
+setup(
+    name="dropgen_fast",
+    version=VERSION,
+    description="The fastest training engine for DropGen: domain-general 3D biomedical segmentation",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["dropgen_fast", "dropgen_fast.data", "dropgen_fast.demo", "dropgen_fast.features", "dropgen_fast.presets",
+              "dropgen_fast.kernels", "dropgen_fast.kernels.fuse_streams"],
+    package_dir={"dropgen_fast": "dropgen_fast", "dropgen_fast.kernels": "kernels"},
+    package_data={"dropgen_fast": ["py.typed"], "dropgen_fast.presets": ["*.yaml"],
+                  "dropgen_fast.kernels.fuse_streams": ["*.h", "*.cpp"]},
+    ext_modules=[Extension("dropgen_fast.kernels.native", sources=[])] if NATIVE else [],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+    install_requires=["torch>=2.10", "triton>=3.4; platform_system == 'Linux'", "numpy>=1.26", "scipy>=1.11", "nibabel>=5.2", "monai>=1.4",
+                      "tyro>=0.9", "pyyaml>=6", "tqdm>=4.66", "tensorboard>=2.15", "matplotlib>=3.8",
+                      "safetensors>=0.4", "huggingface-hub>=0.26"],
+    extras_require={  # one of cpu, cuda13 and cuda12, then what else is wanted
+        "cuda13": ["nvidia-dali-cuda130>=1.50", "cupy-cuda13x>=13.6"],
+        "cuda12": ["nvidia-dali-cuda120>=1.50", "cupy-cuda12x>=13"],
+        "cpu": ["nvidia-dali-cuda130>=1.50"],  # DALI's CPU backend: needs no GPU and no driver
+        "demo": ["nilearn>=0.10.4"],  # its wheel carries the ICBM152 template
+        "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["dropgen-fast = dropgen_fast.cli:main"]},
+)
