@@ -7,6 +7,7 @@ Set ``DROPGEN_FAST_NO_NATIVE=1`` to install without it: the op then runs on Trit
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "dropgen_fast" / "__init__.py").read_text())[1]
 NATIVE = os.environ.get("DROPGEN_FAST_NO_NATIVE", "0") in ("", "0")
-VERSION = "0.1.0"
+
 
 
 class CMakeBuild(build_ext):
@@ -76,7 +78,8 @@ setup(
                   "dropgen_fast.kernels.fuse_streams": ["*.h", "*.cpp"]},
     ext_modules=[Extension("dropgen_fast.kernels.native", sources=[])] if NATIVE else [],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
-    install_requires=["torch>=2.10", "triton>=3.4; platform_system == 'Linux'", "numpy>=1.26", "scipy>=1.11", "nibabel>=5.2", "monai>=1.4",
+    install_requires=["torch>=2.10", "triton>=3.4; platform_system == 'Linux'", "numpy>=1.26", "scipy>=1.11",
+                      "nibabel>=5.2", "monai>=1.4",
                       "tyro>=0.9", "pyyaml>=6", "tqdm>=4.66", "tensorboard>=2.15", "matplotlib>=3.8",
                       "safetensors>=0.4", "huggingface-hub>=0.26"],
     extras_require={  # one of cpu, cuda13 and cuda12, then what else is wanted

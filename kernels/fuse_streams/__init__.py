@@ -8,6 +8,8 @@ input, so every backend can be fed the same one, and a CUDA graph replays with f
 from __future__ import annotations
 
 import math
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,7 +128,7 @@ def draw_scale(
 
 def available_backends() -> dict[str, str]:
     """Each backend's name and "" where it can be had here, else the reason why not."""
-    return {"native": native.missing(), "triton": triton.missing(), "reference": ""}
+    return {"native": native.MISSING, "triton": triton.MISSING, "reference": ""}
 
 
 def _choose(backend: str, image: Tensor, features: Tensor | None) -> str:
@@ -136,7 +138,7 @@ def _choose(backend: str, image: Tensor, features: Tensor | None) -> str:
     tensors = [image] if features is None else [image, features]
     if backend == "reference":
         return backend
-    reasons = {name: module.missing() or module.refuses(tensors)
+    reasons = {name: module.MISSING or module.refuses(tensors)
                for name, module in (("triton", triton), ("native", native))}
     if backend == "auto":
         # The fast kernels hold int32 coordinates, float32 statistics; what they refuse the definition takes.
@@ -217,7 +219,7 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
-def _module(backend: str):  # noqa: ANN202 - a module
+def _module(backend: str) -> ModuleType:
     return {"native": native, "triton": triton}[backend]
 
 
@@ -227,6 +229,7 @@ def _forward_op(
     feature_norm: str, eps: float, dtype: torch.dtype, channels_last: bool, channel_multiple: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, the image's statistics (N, 2: shift, gain) and the features' (see `_statistics_shape`)."""
+    scale = scale.contiguous()
     out, image_stats, feature_stats = _empty_outputs(image, features, scale, feature_norm, dtype, channels_last, channel_multiple)
     _module(backend).forward(image, features, scale, out, image_stats, feature_stats,
                              image_norm=(image_norm, norm_a, norm_b), feature_norm=feature_norm, eps=eps)
@@ -234,7 +237,10 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _(image, features, scale, image_norm, norm_a, norm_b, feature_norm, eps, dtype, channels_last, channel_multiple, backend):  # noqa: ANN001, ANN202
+def _(
+    image: Tensor, features: Tensor | None, scale: Tensor, image_norm: str, norm_a: float, norm_b: float,
+    feature_norm: str, eps: float, dtype: torch.dtype, channels_last: bool, channel_multiple: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_outputs(image, features, scale, feature_norm, dtype, channels_last, channel_multiple)
 
 
@@ -269,14 +275,19 @@ def _backward_op(
     grad_image, grad_features = _empty_gradients(grad, features, image_channels, image_dtype)
     work = grad_features if grad_features.dtype == torch.float32 else torch.empty_like(
         grad_features, dtype=torch.float32, memory_format=torch.contiguous_format)
-    _module(backend).backward(grad, image, features, scale, image_stats, feature_stats,
-                              grad_image if image_dtype is not None else None, work if features is not None else None,
-                              image_channels=image_channels, image_norm=(image_norm, norm_a, norm_b), feature_norm=feature_norm, eps=eps)
+    _module(backend).backward(
+        grad, image, features, scale.contiguous(), image_stats, feature_stats,
+        grad_image if image_dtype is not None else None, work if features is not None else None,
+        image_channels=image_channels, image_norm=(image_norm, norm_a, norm_b), feature_norm=feature_norm, eps=eps)
     return grad_image, grad_features if work is grad_features else work.to(grad_features.dtype)
 
 
 @_backward_op.register_fake
-def _(grad, image, features, scale, image_stats, feature_stats, image_channels, image_norm, norm_a, norm_b, feature_norm, eps, image_dtype, backend):  # noqa: ANN001, ANN202
+def _(
+    grad: Tensor, image: Tensor | None, features: Tensor | None, scale: Tensor, image_stats: Tensor,
+    feature_stats: Tensor, image_channels: int, image_norm: str, norm_a: float, norm_b: float, feature_norm: str, eps: float,
+    image_dtype: torch.dtype | None, backend: str,
+) -> tuple[Tensor, Tensor]:
     return _empty_gradients(grad, features, image_channels, image_dtype)
 
 
@@ -290,7 +301,7 @@ def _empty_gradients(
     return grad_image, torch.empty(features.shape, dtype=features.dtype, device=grad.device)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     image, features, scale, kind, a, b, feature_norm, eps, _, _, _, backend = inputs
     _, image_stats, feature_stats = output
     ctx.needs_image, ctx.needs_features = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
@@ -303,7 +314,7 @@ def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, _grad_image_stats, _grad_feature_stats):  # noqa: ANN001, ANN202
+def _backward(ctx: Any, grad: Tensor | None, _image_stats: Tensor | None, _feature_stats: Tensor | None) -> tuple[Any, ...]:
     none = (None,) * 12
     if grad is None:
         return none

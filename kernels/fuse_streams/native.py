@@ -29,9 +29,8 @@ class Arguments(ctypes.Structure):
     )
 
 
-def missing() -> str:
-    """Why this backend cannot be had here, or ""."""
-    return library.load()[1]
+MISSING = library.load()[1]
+"""Why this backend cannot be had here, or "". Found at import: torch.compile traces the choice of a backend."""
 
 
 def refuses(tensors: list[Tensor]) -> str:

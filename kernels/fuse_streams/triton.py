@@ -9,8 +9,6 @@ deterministic), then the normalization's sums and its gradient. All arithmetic i
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -28,25 +26,20 @@ FEATURE_NORMS = {"instance": 0, "unit": 1, "standard": 2, "none": 3}
 SMALLEST = 1.1754943508222875e-38  # FLT_MIN: a smaller span has no reciprocal
 
 
-def missing() -> str:
-    """Why this backend cannot be had here, or ""."""
-    return "" if triton is not None else "Triton is not installed"
+MISSING = "" if triton is not None else "Triton is not installed"
+"""Why this backend cannot be had here, or ""."""
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+"""Whether the kernels below are defined for Triton's interpreter, which runs on the CPU (TRITON_INTERPRET=1)."""
 
 
 def refuses(tensors: list[Tensor]) -> str:
     """Why this backend cannot take these tensors, or ""."""
-    interpreted = _interpreted()
     for tensor in tensors:
-        if not tensor.is_cuda and not interpreted:
+        if not tensor.is_cuda and not INTERPRETED:
             return f"it runs on a GPU (or with TRITON_INTERPRET=1), and a tensor is on {tensor.device}"
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.uint8):
             return f"it has no kernel for {tensor.dtype}"
     return ""
-
-
-def _interpreted() -> bool:
-    """Whether the kernels were defined for Triton's interpreter (TRITON_INTERPRET=1 when this module was imported)."""
-    return triton is not None and not isinstance(_combine, triton.runtime.JITFunction)
 
 
 def forward(
@@ -153,16 +146,16 @@ if triton is not None:
     # A legend for the signatures: s<axis><tensor> is a stride in elements, in the order n, c, z, y, x.
 
     @triton.jit
-    def _finite(x: Any) -> Any:
+    def _finite(x):
         return tl.abs(x) <= 3.4028234663852886e38
 
     @triton.jit
-    def _unravel(v: Any, H: Any, W: Any) -> Any:
+    def _unravel(v, H, W):
         """Coordinates of a flat voxel index."""
         return v // (H * W), v // W % H, v % W
 
     @triton.jit
-    def _tap(i: Any, size: Any, coarse: Any) -> Any:
+    def _tap(i, size, coarse):
         """(lower voxel, upper voxel, weight of the upper): half-pixel centres, clamped edges, exact in integers."""
         numerator = tl.maximum((2 * i + 1) * coarse - size, 0)
         lo = numerator // (2 * size)
@@ -171,7 +164,7 @@ if triton is not None:
         return lo, hi, rest.to(tl.float32) / (2 * size).to(tl.float32)
 
     @triton.jit
-    def _add_moments(count: Any, mean: Any, squares: Any, count_b: Any, mean_b: Any, squares_b: Any) -> Any:
+    def _add_moments(count, mean, squares, count_b, mean_b, squares_b):
         """Moments of the union of two sets (Chan, Golub & LeVeque 1979); squares: Σ (x - mean)²."""
         total = count + count_b
         share = tl.where(total > 0, count_b / tl.maximum(total, 1.0), 0.0)
@@ -180,7 +173,7 @@ if triton is not None:
 
     @triton.jit
     def _image_chunks(image, scale, partial, Ci, streams, D, H, W, sn, sc, sz, sy, sx,
-                      CHUNKS: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+                      CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
         """partial (N, CHUNKS, 2): least and greatest finite voxel of a chunk of each sample. Grid (CHUNKS, N)."""
         chunk, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
         voxels = D * H * W
@@ -204,7 +197,7 @@ if triton is not None:
 
     @triton.jit
     def _channel_chunks(features, scale, partial, Ci, streams, Cf, d, h, w, sn, sc, sz, sy, sx,
-                        CHUNKS: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+                        CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
         """partial (N, Cf, 3, CHUNKS): count, mean, squares of a chunk of each channel. Grid (CHUNKS, Cf, N)."""
         chunk, c, n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
         voxels = d * h * w
@@ -229,7 +222,7 @@ if triton is not None:
         tl.store(at + 2 * CHUNKS, squares)
 
     @triton.jit
-    def _combine(partial, stats, Cf, eps, CHUNKS: tl.constexpr):  # noqa: ANN001, ANN202
+    def _combine(partial, stats, Cf, eps, CHUNKS: tl.constexpr):
         """stats (N, Cf, 2): mean and 1 / sqrt(variance + eps). Grid (Cf, N)."""
         c, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
         at = partial + (n * Cf + c) * 3 * CHUNKS + tl.arange(0, CHUNKS)
@@ -244,7 +237,7 @@ if triton is not None:
 
     @triton.jit
     def _voxel_statistics(features, stats, Cf, d, h, w, sn, sc, sz, sy, sx, eps,
-                          STANDARD: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+                          STANDARD: tl.constexpr, BLOCK: tl.constexpr):
         """stats (N, 2, d, h, w): shift and gain of each voxel over its channels. Grid (voxels / BLOCK, N)."""
         n = tl.program_id(1).to(tl.int64)
         voxels = d * h * w
@@ -268,7 +261,7 @@ if triton is not None:
         tl.store(stats + (n * 2 + 1) * voxels + v, gain, mask=v < voxels)
 
     @triton.jit
-    def _corner(at, z, y, x, sz, sy, sx, mask, stats, h, w, coarse, VOXEL_NORM: tl.constexpr):  # noqa: ANN001, ANN202
+    def _corner(at, z, y, x, sz, sy, sx, mask, stats, h, w, coarse, VOXEL_NORM: tl.constexpr):
         """One coarse voxel of each output voxel, normalized where the norm is a voxel's own."""
         value = tl.load(at + z.to(tl.int64) * sz + y.to(tl.int64) * sy + x.to(tl.int64) * sx, mask=mask, other=0).to(tl.float32)
         if VOXEL_NORM:
@@ -281,7 +274,7 @@ if triton is not None:
     def _fuse(image, features, scale, image_stats, feature_stats, out, Ci, Cf, Cout, D, H, W, d, h, w,
               isn, isc, isz, isy, isx, fsn, fsc, fsz, fsy, fsx, osn, osc, osz, osy, osx, norm_a, norm_b,
               IMAGE_NORM: tl.constexpr, FEATURE_NORM: tl.constexpr, HAS_FEATURES: tl.constexpr, SAME: tl.constexpr,
-              BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr):  # noqa: ANN001, ANN202
+              BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr):
         """The pass over the output. Grid (voxels / BLOCK_V, channels / BLOCK_C, N).
 
         A program makes a tile of BLOCK_C channels × BLOCK_V voxels: one channel for NCDHW, all of them for
@@ -347,7 +340,7 @@ if triton is not None:
     @triton.jit
     def _image_backward(grad, image, scale, image_stats, grad_image, Ci, streams, D, H, W, gsn, gsc, gsz, gsy, gsx,
                         isn, isc, isz, isy, isx, osn, osc, osz, osy, osx, norm_a, norm_b,
-                        WINDOW: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+                        WINDOW: tl.constexpr, BLOCK: tl.constexpr):
         """grad_image = scale · gain · grad, zero where a window clipped. Grid (voxels / BLOCK, Ci, N)."""
         c, n = tl.program_id(1), tl.program_id(2).to(tl.int64)
         v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -366,7 +359,7 @@ if triton is not None:
                  result.to(grad_image.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _reached(i: Any, k: Any, size: Any, coarse: Any) -> Any:
+    def _reached(i, k, size, coarse):
         """(k-th output voxel that coarse voxel i may reach along an axis, the weight with which it does)."""
         # The first with source(o) > i - 1; clamped before the division, which rounds toward zero on a GPU.
         o = tl.maximum((2 * i - 1) * size + coarse, 0) // (2 * coarse) + k
@@ -378,7 +371,7 @@ if triton is not None:
 
     @triton.jit
     def _transpose_interpolation(grad, scale, out, Ci, streams, Cf, D, H, W, d, h, w, reach_z, reach_y, reach_x,
-                                 gsn, gsc, gsz, gsy, gsx, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+                                 gsn, gsc, gsz, gsy, gsx, BLOCK: tl.constexpr):
         """out (N, Cf, d, h, w) = scale · Σ weight · grad over the voxels each one reached. Grid (coarse / BLOCK, Cf, N)."""
         c, n = tl.program_id(1), tl.program_id(2).to(tl.int64)
         coarse = d * h * w
@@ -402,7 +395,7 @@ if triton is not None:
         tl.store(out + (n * Cf + c) * coarse + v, s * total, mask=inside)
 
     @triton.jit
-    def _normalized(features, stats, n, c, v, inside, Cf, h, w, sn, sc, sz, sy, sx):  # noqa: ANN001, ANN202
+    def _normalized(features, stats, n, c, v, inside, Cf, h, w, sn, sc, sz, sy, sx):
         """(features - mean) · gain of one channel's voxels v, and the gain."""
         z, y, x = _unravel(v, h, w)
         at = features + n * sn + c * sc + z.to(tl.int64) * sz + y.to(tl.int64) * sy + x.to(tl.int64) * sx
@@ -412,7 +405,7 @@ if triton is not None:
 
     @triton.jit
     def _instance_norm_sums(grad, features, scale, stats, sums, Ci, streams, Cf, d, h, w, sn, sc, sz, sy, sx,
-                            BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+                            BLOCK: tl.constexpr):
         """sums (N, Cf, 2): mean(g) and mean(g · f̂) over each channel's voxels. Grid (Cf, N)."""
         c, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
         coarse = d * h * w
@@ -430,7 +423,7 @@ if triton is not None:
 
     @triton.jit
     def _instance_norm_backward(grad, features, scale, stats, sums, Ci, streams, Cf, d, h, w, sn, sc, sz, sy, sx,
-                                BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+                                BLOCK: tl.constexpr):
         """grad ← gain · (grad - mean(grad) - f̂ · mean(grad · f̂)), in place. Grid (coarse / BLOCK, Cf, N)."""
         c, n = tl.program_id(1), tl.program_id(2).to(tl.int64)
         if tl.load(scale + n * streams + Ci + c) != 0:
@@ -445,7 +438,7 @@ if triton is not None:
 
     @triton.jit
     def _voxel_norm_backward(grad, features, stats, Cf, d, h, w, sn, sc, sz, sy, sx, eps,
-                             STANDARD: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+                             STANDARD: tl.constexpr, BLOCK: tl.constexpr):
         """grad ← its gradient through "unit" or "standard", in place. Grid (coarse / BLOCK, N)."""
         n = tl.program_id(1).to(tl.int64)
         coarse = d * h * w

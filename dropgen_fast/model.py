@@ -1,0 +1,130 @@
+"""`DropGen`: a frozen extractor, the fusion of the two streams, and any segmentation network behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from dropgen_fast.errors import InputError
+from dropgen_fast.features import FrozenExtractor, load_extractor
+from dropgen_fast.fusion import StreamFusion
+from dropgen_fast.networks import build_network, check_patch
+
+
+class DropGen(nn.Module):
+    """What the paper trains (arXiv 2604.02564): ``network(fusion(image, extractor(image)))``.
+
+    Args:
+        network: (N, C, D, H, W) → (N, classes, D, H, W), any architecture. C = image channels + feature channels,
+            rounded up to the fusion's `channel_multiple`.
+        extractor: the frozen foundation model; None makes this ERM, the same recipe with the image alone. It sees each
+            image channel as given, so give images in [0, 1].
+        fusion: how the streams are joined. The default takes the image as it is, since the extractor needs it in
+            [0, 1] already, and normalizes the features.
+
+    Only the network has parameters and a state: the extractor is identified by `extractor.identity()`.
+    """
+
+    def __init__(
+        self, network: nn.Module, extractor: FrozenExtractor | None = None, fusion: StreamFusion | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.extractor = extractor
+        self.fusion = fusion if fusion is not None else StreamFusion(image_norm="none")
+
+    def fused(self, image: Tensor, keep: Tensor | None = None) -> Tensor:
+        """The network's input: image (N, Ci, D, H, W) in [0, 1] → (N, C, D, H, W). No gradient flows through it."""
+        with torch.no_grad():
+            features = self.extractor(image) if self.extractor is not None else None
+            fused: Tensor = self.fusion(image, features, keep)
+        return fused
+
+    def forward(self, image: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Class scores (N, classes, D, H, W) of an image (N, Ci, D, H, W) in [0, 1]; `keep` fixes the draw."""
+        scores: Tensor = self.network(self.fused(image, keep))
+        return scores
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """How channels are dropped; see `fuse_streams`."""
+
+    mode: Literal["channel", "stream"] = "channel"
+    """channel: the paper's, every channel on its own. stream: a sample's whole image, or the whole of its features."""
+    p: tuple[float, ...] = (0.75,)
+    """Drop rate; two numbers are the rate of the image and that of the features."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model: the method, the extractor, the fusion and the network."""
+
+    method: Literal["dropgen", "erm"] = "dropgen"
+    """dropgen: image and features. erm: the same recipe with the image alone, to compare with."""
+    extractor: str = "mind"
+    """mind (embedded, needs no weights), anatomix, or package.module:factory."""
+    extractor_weights: Path | None = None
+    """Weights of the extractor as a local file; by default they come from the Hugging Face Hub."""
+    extractor_stride: int = 1
+    """Run the extractor on the patch downsampled by this factor; the fusion interpolates."""
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    """How channels are dropped."""
+    network: str = "unet"
+    """unet (the paper's), or package.module:Name of any network."""
+    network_options: tuple[str, ...] = ()
+    """Keyword arguments of the network as name=value, for example base_channels=8 downsamplings=3."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of the network: bfloat16 autocast or float32."""
+
+
+def build_model(config: ModelConfig, *, image_channels: int, classes: int, patch: tuple[int, int, int]) -> DropGen:
+    """The model that a configuration describes, on the CPU, with fresh weights drawn from torch's generator.
+
+    Raises:
+        InputError: an extractor or network that cannot be had, or a patch that the network cannot take.
+    """
+    extractor = None
+    rates: float | tuple[float, float] = 0.0
+    if config.method == "dropgen":
+        extractor = load_extractor(config.extractor, stride=config.extractor_stride, weights=config.extractor_weights)
+        if len(config.fusion.p) not in (1, 2):
+            raise InputError(f"fusion.p must be one drop rate or two (image, features), got {config.fusion.p}")
+        rates = config.fusion.p[0] if len(config.fusion.p) == 1 else (config.fusion.p[0], config.fusion.p[1])
+    fusion = StreamFusion(
+        rates, mode=config.fusion.mode, image_norm="none", memory_format=torch.channels_last_3d,
+        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+    )
+    feature_channels = extractor.channels * image_channels if extractor is not None else 0
+    network = build_network(config.network, image_channels + feature_channels, classes, patch,
+                            network_options(config.network_options))
+    network = network.to(memory_format=torch.channels_last_3d)
+    model = DropGen(network, extractor, fusion)
+    try:  # a rate or a patch that does not fit is told now, not at the first step
+        check_patch(network, patch)
+        fusion(torch.zeros(1, image_channels, 1, 1, 1), torch.zeros(1, feature_channels, 1, 1, 1) if feature_channels else None)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return model
+
+
+def network_options(options: tuple[str, ...]) -> Mapping[str, Any]:
+    """``("base_channels=8", "strides=[1, 2]")`` as keyword arguments; values are read as YAML."""
+    result = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(f"network_options are name=value, got {option!r}")
+        try:
+            result[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"network_options: {option!r} is not readable: {' '.join(str(error).split())}") from error
+    return result

@@ -1,0 +1,251 @@
+"""``python -m dropgen_fast.train``: train DropGen, or ERM to compare with, on a prepared store."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from monai.losses import DiceCELoss
+from tqdm import tqdm
+
+from dropgen_fast import checkpoint
+from dropgen_fast.cli import run
+from dropgen_fast.config import load_preset
+from dropgen_fast.data import AugmentationConfig, Batch, Store, TrainingPipeline
+from dropgen_fast.errors import InputError
+from dropgen_fast.inference import autocast, choose_device, class_probabilities, dice_per_class
+from dropgen_fast.model import DropGen, ModelConfig, build_model
+from dropgen_fast.run import RunFolder, plain
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a segmentation network on a prepared store: DropGen, or ERM to compare with."""
+
+    store: Path
+    """The prepared store (see prepare)."""
+    out: Path
+    """Folder of the run: settings, metrics, checkpoints, TensorBoard events."""
+    preset: str | None = None
+    """Name or YAML file of a preset; by default the one that the store was prepared with."""
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
+    """Method, extractor, fusion and network."""
+    patch: tuple[int, int, int] | None = None
+    """Training patch in voxels; default the preset's."""
+    batch_size: int = 4
+    """Patches per step."""
+    steps: int = 250_000
+    """Optimizer steps."""
+    learning_rate: float = 2e-4
+    """Of AdamW; falls to zero along a cosine over all steps."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate first rises linearly."""
+    weight_decay: float = 1e-5
+    """Of AdamW."""
+    foreground_fraction: float = 0.0
+    """Share of the patches that are placed on a foreground voxel of a random class; the others are uniform."""
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    """Probabilities and ranges of the augmentations."""
+    validate_every: int = 1000
+    """Steps between validations; last.pt is written then, and best.pt where the mean Dice has risen."""
+    log_every: int = 50
+    """Steps between records of the loss."""
+    seed: int = 0
+    """Of the weights, the crops, the augmentations and the dropout."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:<n>."""
+    loader_threads: int = 2
+    """CPU threads of the data pipeline."""
+    resume: bool = False
+    """Go on with the run in --out from its last checkpoint; starts it where there is none."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "steps", "validate_every", "log_every", "loader_threads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise InputError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.weight_decay < 0:
+            raise InputError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise InputError(f"warmup_steps must be at least 0 and less than steps = {self.steps}, got {self.warmup_steps}")
+        if not 0 <= self.foreground_fraction <= 1:
+            raise InputError(f"foreground_fraction must be in [0, 1], got {self.foreground_fraction}")
+
+
+class Trainer:
+    """One training run: what is trained, on what, and where it stands."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Set the run up, or back up where its last checkpoint left it.
+
+        Raises:
+            InputError: a store, preset, patch, model, device or output folder that cannot serve, before anything is
+                written where possible.
+        """
+        self.store = Store.open(config.store)
+        for split, name in (("train", "training"), ("val", "validation")):
+            if not self.store.cases(split):
+                raise InputError(f"store {config.store} has no {name} cases; prepare it with some")
+        preset = load_preset(config.preset or self.store.preset)
+        patch = config.patch or preset.patch
+        if patch is None:
+            raise InputError("no patch: give --patch D H W, or a preset that has one")
+        augmentation = config.augmentation if preset.mirror else dataclasses.replace(config.augmentation, mirror=False)
+        self.config = config = dataclasses.replace(config, patch=patch, augmentation=augmentation)
+        self.patch: tuple[int, int, int] = patch
+        self.device = choose_device(config.device)
+        torch.manual_seed(config.seed)
+        self.model = build_model(config.model, image_channels=len(self.store.channels), classes=len(self.store.classes),
+                                 patch=patch).to(self.device)
+        self.loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), config.learning_rate, weight_decay=config.weight_decay,
+                                           fused=self.device.type == "cuda")
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.step, self.best_dice = 0, -1.0
+        settings = plain(config)
+        del settings["resume"], settings["out"]
+        self.folder = RunFolder(config.out, settings, resume=config.resume)
+        loader_state = self._restore() if config.resume and self.folder.last.exists() else None
+        self.data = TrainingPipeline(
+            self.store, patch=patch, batch_size=config.batch_size, seed=config.seed, augmentation=augmentation,
+            foreground_fraction=config.foreground_fraction, num_threads=config.loader_threads,
+            device=self.device.index or 0 if self.device.type == "cuda" else None, restore=loader_state)
+
+    def fit(self) -> None:
+        """Train to the last step, validating and saving on the way."""
+        self.model.train()
+        self.folder.start(self.step)
+        since, last_logged = time.perf_counter(), self.step
+        progress = tqdm(total=self.config.steps, initial=self.step, desc=self.config.model.method, disable=None, unit="step")
+        with progress:
+            while self.step < self.config.steps:
+                loss = self.train_step(next(self.data))
+                self.step += 1
+                progress.update()
+                if self.step % self.config.log_every == 0 or self.step == self.config.steps:
+                    seconds = (time.perf_counter() - since) / (self.step - last_logged)
+                    self._log(float(loss), seconds, progress)
+                    since, last_logged = time.perf_counter(), self.step
+                if self.step % self.config.validate_every == 0 or self.step == self.config.steps:
+                    self._validate_and_save(progress)
+                    since, last_logged = time.perf_counter(), self.step
+        self.folder.close()
+
+    def train_step(self, batch: Batch) -> torch.Tensor:
+        """One optimizer step; the loss, still on its device."""
+        image = batch.image.to(self.device, non_blocking=True)
+        label = batch.label.to(self.device, non_blocking=True)
+        with autocast(self.model, self.device):
+            scores = self.model(image)
+        loss: torch.Tensor = self.loss(scores.float(), label)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        return loss.detach()
+
+    def validate(self) -> dict[str, float | None]:
+        """Dice of each foreground class over the validation cases: mean over the cases that have a score, or None."""
+        classes = self.store.classes
+        rows = []
+        for case in self.store.cases("val"):
+            image, label = self.store.load(case)
+            probabilities = class_probabilities(self.model, image, self.patch, windows_per_batch=self.config.batch_size)
+            truth = torch.from_numpy(label[..., 0]).to(self.device)
+            rows.append(dice_per_class(probabilities.argmax(0), truth, len(classes)))
+        table = torch.stack(rows).double().cpu()[:, 1:]
+        means = table.nanmean(0)
+        return {name: None if mean.isnan() else float(mean) for name, mean in zip(classes[1:], means, strict=True)}
+
+    def _log(self, loss: float, seconds: float, progress: Any) -> None:
+        if not math.isfinite(loss):
+            raise InputError(f"the loss is {loss} after {self.step} steps: lower the learning rate "
+                             f"(now {self.config.learning_rate}) and go on with --resume from {self.folder.last}, or begin anew")
+        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self.folder.record(self.step, loss=loss, learning_rate=self.schedule.get_last_lr()[0], seconds_per_step=seconds)
+
+    def _validate_and_save(self, progress: Any) -> None:
+        scores = self.validate()
+        scored = [s for s in scores.values() if s is not None]
+        mean = sum(scored) / len(scored) if scored else 0.0
+        self.folder.record(self.step, validation_dice=mean, per_class=scores)
+        progress.write(f"step {self.step}: validation Dice {mean:.3f} ("
+                       + ", ".join(f"{k} {'-' if v is None else f'{v:.3f}'}" for k, v in scores.items()) + ")")
+        better = mean > self.best_dice
+        self.best_dice = max(mean, self.best_dice)
+        state = self._state()
+        if better:
+            checkpoint.save(self.folder.best, state)
+        checkpoint.save(self.folder.last, state)
+
+    def _rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine from 1 to 0."""
+        warmup = self.config.warmup_steps
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (self.config.steps - warmup)))
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "best_dice": self.best_dice,
+            "network": self.model.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "rng": checkpoint.rng_state(),
+            "data": torch.frombuffer(bytearray(self.data.state()), dtype=torch.uint8),
+            "model": plain(self.config.model),
+            "task": {
+                "classes": list(self.store.classes), "channels": list(self.store.channels),
+                "spacing_mm": list(self.store.spacing_mm), "patch": list(self.patch),
+                "intensity_window": list(self.store.intensity_window) if self.store.intensity_window else None,
+            },
+            "extractor": extractor_identity(self.model),
+            "store": self.store.identity(),
+        }
+
+    def _restore(self) -> bytes:
+        """Put everything but the data pipeline where the last checkpoint left it; the pipeline's state."""
+        state = checkpoint.load(self.folder.last)
+        if state["store"] != self.store.identity():
+            raise InputError(f"store {self.config.store} is not the one that {self.folder.last} was trained on; "
+                             "resume with that one, or begin a new run")
+        check_extractor(self.folder.last, state, self.model)
+        self.model.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        checkpoint.set_rng_state(state["rng"])
+        self.step, self.best_dice = state["step"], state["best_dice"]
+        return bytes(state["data"].numpy().tobytes())
+
+
+def extractor_identity(model: DropGen) -> dict[str, Any] | None:
+    """What must agree for features to mean the same: name, stride, hash."""
+    return dict(model.extractor.identity()) if model.extractor is not None else None
+
+
+def check_extractor(path: Path, state: dict[str, Any], model: DropGen) -> None:
+    """A network must see the features that it was trained on."""
+    if state["extractor"] != extractor_identity(model):
+        raise InputError(f"{path} was trained with extractor {state['extractor']}, got {extractor_identity(model)}; "
+                         "give the same extractor and weights")
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command ``train``."""
+    config = tyro.cli(TrainConfig, args=argv, prog="dropgen-fast train")
+    Trainer(config).fit()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run("train", main, sys.argv[1:]))
