@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -61,7 +62,8 @@ def load_preset(name: str | None) -> Preset:
     known = {f.name for f in fields(Preset)}
     if unknown := sorted(set(map(str, values)) - known):
         raise InputError(f"preset {name} has unknown settings {unknown}; a preset has {sorted(known)}")
-    preset = Preset(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    preset = Preset(**settings)
     _check_preset(name, preset)
     return preset
 

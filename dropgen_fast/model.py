@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dropgen_fast.errors import InputError
 from dropgen_fast.features import FrozenExtractor, load_extractor
 from dropgen_fast.fusion import StreamFusion
-from dropgen_fast.networks import build_network, check_patch
+from dropgen_fast.networks import build_network
 
 
 class DropGen(nn.Module):
@@ -104,15 +104,12 @@ def build_model(config: ModelConfig, *, image_channels: int, classes: int, patch
     feature_channels = extractor.channels * image_channels if extractor is not None else 0
     network = build_network(config.network, image_channels + feature_channels, classes, patch,
                             network_options(config.network_options))
-    network = network.to(memory_format=torch.channels_last_3d)
+    network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stubs lack this form
     model = DropGen(network, extractor, fusion)
-    try:  # a rate or a patch that does not fit is told now, not at the first step
-        check_patch(network, patch)
+    try:  # a rate that does not fit is told now, not at the first step
         fusion(torch.zeros(1, image_channels, 1, 1, 1), torch.zeros(1, feature_channels, 1, 1, 1) if feature_channels else None)
-    except InputError:
-        raise
     except ValueError as error:
-        raise InputError(str(error)) from error
+        raise InputError(f"fusion: {error}") from error
     return model
 
 

@@ -96,21 +96,22 @@ def _model_config(saved: dict[str, Any], extractor_weights: Path | None) -> Mode
 
 def predict_all(config: PredictConfig) -> dict[str, str]:
     """Predict every case of a folder; the cases that could not be, with the reason."""
-    cases = read_images(config.images)
+    cohort = read_images(config.images)
     path = config.run / f"{config.checkpoint}.pt"
     predictor = Predictor(path, choose_device(config.device), config.extractor_weights)
     _claim(config.out, {"run": str(config.run.resolve()), "checkpoint": config.checkpoint, "step": predictor.step,
                         "images": str(config.images.resolve())}, config.overwrite)
     (config.out / "dataset.json").write_text(json.dumps(
         {"labels": {name: value for value, name in enumerate(predictor.task["classes"])}}, indent=1))
-    failed = {}
-    for case in tqdm(cases, desc="predict", unit="case", disable=None):
+    failed = {entry.id: entry.reason for entry in cohort.left_out}
+    for case in tqdm(cohort.cases, desc="predict", unit="case", disable=None):
         try:
             predictor.predict(case.images, config.out / f"{case.id}.nii.gz", overlap=config.overlap,
                               windows_per_batch=config.windows_per_batch)
         except InputError as error:
             failed[case.id] = str(error)
-    print(f"{len(cases) - len(failed)} of {len(cases)} cases predicted into {config.out}")
+    total = len(cohort.cases) + len(cohort.left_out)
+    print(f"{total - len(failed)} of {total} cases predicted into {config.out}")
     for case_id, reason in failed.items():
         print(f"  left out {case_id}: {reason}", file=sys.stderr)
     return failed

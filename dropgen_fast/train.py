@@ -159,6 +159,8 @@ class Trainer:
         rows = []
         for case in self.store.cases("val"):
             image, label = self.store.load(case)
+            if label is None:
+                raise InputError(f"validation case {case.id} of {self.store.path} has no label; give it one and prepare again")
             probabilities = class_probabilities(self.model, image, self.patch, windows_per_batch=self.config.batch_size)
             truth = torch.from_numpy(label[..., 0]).to(self.device)
             rows.append(dice_per_class(probabilities.argmax(0), truth, len(classes)))

@@ -1,0 +1,244 @@
+"""Training batches: random crops of a prepared store, augmented by NVIDIA DALI on the CPU or on a GPU.
+
+Every random number is drawn inside DALI, so that `TrainingPipeline.state` covers the whole stream, prefetched batches included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dropgen_fast.data.store import Store, StoredCase
+from dropgen_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """The DropGen paper's augmentations, in the order in which they are applied; a probability of 0 switches one off.
+
+    Ranges are (low, high) and drawn from uniformly. Intensities are in units of the image's range. MONAI's transforms of the
+    same names define what each one does.
+    """
+
+    mirror: bool = True
+    """Whether flips and quarter turns are allowed at all: not where left and right are different labels."""
+    flip_probability: float = 0.33
+    """Flip of axis 0."""
+    flip_random_axis_probability: float = 0.33
+    """Flip of one random axis of `flip_axes`."""
+    flip_axes: tuple[int, ...] = (0, 1, 2)
+    """Axes that the random flip chooses from."""
+    rotate90_probability: float = 0.33
+    """Rotation by a multiple of 90° in the plane of axes 0 and 1."""
+    rotate90_turns: tuple[int, ...] = (1, 2, 3)
+    """Quarter turns that the rotation chooses from."""
+    noise_probability: float = 0.33
+    """Gaussian noise."""
+    noise_std: tuple[float, float] = (0.0, 0.1)
+    """Standard deviation of the noise."""
+    bias_field_probability: float = 0.33
+    """Multiplication by the exponential of a polynomial of degree 3."""
+    bias_field_coefficient: tuple[float, float] = (0.0, 0.1)
+    """Coefficients of the polynomial's 20 Legendre terms."""
+    gamma_probability: float = 0.33
+    """Gamma correction."""
+    gamma: tuple[float, float] = (0.5, 4.5)
+    """Exponent of the gamma correction."""
+    affine_probability: float = 0.33
+    """Affine transformation about the centre of the patch, zeros outside; trilinear, the label nearest."""
+    rotation_rad: tuple[float, float] = (-math.pi / 4, math.pi / 4)
+    """Angle about each axis."""
+    shear: tuple[float, float] = (-0.2, 0.2)
+    """Each of the six shear coefficients."""
+    scale: tuple[float, float] = (0.8, 1.2)
+    """Factor along each axis; above 1 shows more of the volume, smaller."""
+
+    def __post_init__(self) -> None:
+        """Check the values; raises `InputError`."""
+        for name in (f.name for f in dataclasses.fields(self)):
+            value = getattr(self, name)
+            if name.endswith("_probability") and not 0 <= value <= 1:
+                raise InputError(f"{name} must be between 0 and 1, got {value}")
+        for name in ("noise_std", "bias_field_coefficient", "gamma", "rotation_rad", "shear", "scale"):
+            low_high = getattr(self, name)
+            if len(low_high) != 2 or not all(map(math.isfinite, low_high)) or low_high[0] > low_high[1]:
+                raise InputError(f"{name} must be two numbers, low <= high, got {low_high}")
+        if self.noise_std[0] < 0 or self.gamma[0] <= 0 or self.scale[0] <= 0:
+            raise InputError("noise_std must not be negative, and gamma and scale must be above 0; got "
+                             f"{self.noise_std}, {self.gamma} and {self.scale}")
+        if not self.flip_axes or not set(self.flip_axes) <= {0, 1, 2}:
+            raise InputError(f"flip_axes must be some of 0, 1, 2, got {self.flip_axes}")
+        if not self.rotate90_turns or not set(self.rotate90_turns) <= {1, 2, 3}:
+            raise InputError(f"rotate90_turns must be some of 1, 2, 3, got {self.rotate90_turns}")
+
+    @classmethod
+    def none(cls) -> AugmentationConfig:
+        """No augmentation at all: crop and min-max only."""
+        return cls(mirror=False, noise_probability=0, bias_field_probability=0, gamma_probability=0, affine_probability=0)
+
+    @property
+    def flipping(self) -> bool:
+        """Whether any flip can occur."""
+        return self.mirror and (self.flip_probability > 0 or self.flip_random_axis_probability > 0)
+
+    @property
+    def turning(self) -> bool:
+        """Whether any quarter turn can occur."""
+        return self.mirror and self.rotate90_probability > 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Crops of N cases: `image` (N, C, D, H, W) float32 in [0, 1], a channels-last view, and `label` (N, 1, D, H, W) uint8."""
+
+    image: torch.Tensor
+    label: torch.Tensor
+    cases: tuple[str, ...]
+
+
+class TrainingPipeline(Iterator[Batch]):
+    """An endless iterator of training batches.
+
+    Cases are reshuffled every epoch; a batch may span two epochs. With several ranks each reads its own share of the cases,
+    and the shares move on by one rank every epoch. Batches are DALI's own memory (nothing is copied), which DALI does not use
+    again while a tensor of the batch is alive.
+
+    Args:
+        store: the prepared store.
+        split: which cases to read.
+        patch: voxels (D, H, W) of a crop; smaller volumes are padded with zeros, their lowest intensity.
+        batch_size: crops per batch and rank.
+        seed: decides the order of the cases and every draw; the same for all ranks.
+        augmentation: what is done to a crop.
+        foreground_fraction: probability that a crop is placed to hold a foreground voxel, of a class drawn uniformly from those
+            that occur in the case.
+        device: index of the GPU that augments and holds the batches; None: the CPU.
+        num_threads: DALI's CPU threads.
+        rank, world_size: this process among those that train together.
+        case_ids: use only these cases of the split.
+        restore: a `state` to go on from; everything else must be as it was then, except `num_threads`.
+
+    Raises:
+        InputError: DALI is not installed, a setting is wrong, a case has no label, `restore` does not fit.
+    """
+
+    def __init__(self, store: Store, *, patch: tuple[int, int, int], batch_size: int, seed: int, split: str = "train",
+                 augmentation: AugmentationConfig | None = None, foreground_fraction: float = 0.33, device: int | None = None,
+                 num_threads: int = 2, rank: int = 0, world_size: int = 1, case_ids: Sequence[str] | None = None,
+                 restore: bytes | None = None) -> None:
+        augmentation = augmentation or AugmentationConfig()
+        _check(patch, batch_size, foreground_fraction, num_threads, rank, world_size)
+        cases = _select(store, split, case_ids, world_size)
+        self.cases_per_epoch = len(cases)
+        self._device = device
+        self._case_of = {str(case.foreground): case.id for case in cases}
+        self._identity = {
+            "store": store.identity(), "cases": hashlib.sha256(json.dumps([c.id for c in cases]).encode()).hexdigest(),
+            "patch": list(patch), "batch_size": batch_size, "seed": seed, "augmentation": dataclasses.asdict(augmentation),
+            "foreground_fraction": foreground_fraction, "device": "cpu" if device is None else "gpu", "rank": rank,
+            "world_size": world_size}
+        self._identity = json.loads(json.dumps(self._identity))  # tuples become lists, as they do in a state
+        self._pipeline = _training_graph()(
+            images=[str(c.image) for c in cases], labels=[str(c.label) for c in cases],
+            foregrounds=[str(c.foreground) for c in cases], patch=tuple(patch), augmentation=augmentation,
+            foreground_fraction=foreground_fraction, reader_seed=_seed("order", seed), rank=rank, world_size=world_size,
+            gpu=device is not None, batch_size=batch_size, num_threads=num_threads, device_id=device,
+            seed=_seed("draws", seed, rank), checkpoint=self._checkpoint(restore))
+        try:
+            self._pipeline.build()
+        except RuntimeError as error:
+            raise _readable(error) from error
+
+    def __next__(self) -> Batch:
+        """The next batch; raises `InputError` naming the file where one cannot be read."""
+        try:
+            # On a GPU the batch is ordered on torch's stream: nobody waits, and memory goes back to DALI after torch's last use.
+            stream = None if self._device is None else torch.cuda.current_stream(self._device)
+            image, label, origin = self._pipeline.run(stream)
+        except RuntimeError as error:
+            raise _readable(error) from error
+        cases = tuple(self._case_of[bytes(origin.at(i)).decode()] for i in range(len(origin)))
+        return Batch(_channels_first(image), _channels_first(label), cases)
+
+    def state(self) -> bytes:
+        """Everything that the constructor's `restore` needs to go on with the batch after the last one returned, bit for bit."""
+        return json.dumps(self._identity, sort_keys=True).encode() + b"\n" + bytes(self._pipeline.checkpoint())
+
+    def _checkpoint(self, state: bytes | None) -> bytes | None:
+        if state is None:
+            return None
+        header, newline, checkpoint = state.partition(b"\n")
+        try:
+            saved = json.loads(header)
+        except ValueError:
+            newline = b""
+        if not newline:
+            raise InputError("the state to restore is not one of a TrainingPipeline")
+        for name, value in self._identity.items():
+            if saved.get(name) != value:
+                raise InputError(f"cannot go on from this state: {name} was {saved.get(name)}, now it is {value}")
+        return checkpoint
+
+
+def _channels_first(batch: Any) -> torch.Tensor:
+    """DALI's (N, D, H, W, C) as a torch view (N, C, D, H, W) of the same memory."""
+    return torch.from_dlpack(batch.as_tensor()).permute(0, 4, 1, 2, 3)
+
+
+def _training_graph() -> Any:
+    try:
+        from dropgen_fast.data.graph import training_graph
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("nvidia"):
+            raise
+        raise InputError("NVIDIA DALI is not installed: install dropgen-fast with the extra cuda13 or cuda12 "
+                         "(both also serve machines without a GPU), e.g. pip install 'dropgen-fast[cuda13]'") from error
+    return training_graph
+
+
+def _seed(purpose: str, *numbers: int) -> int:
+    """A seed that DALI takes (31 bits), different for every purpose and rank."""
+    return int.from_bytes(hashlib.sha256(json.dumps([purpose, *numbers]).encode()).digest()[:4], "big") >> 1
+
+
+def _check(patch: Sequence[int], batch_size: int, foreground_fraction: float, num_threads: int, rank: int, world_size: int
+           ) -> None:
+    if len(patch) != 3 or not all(isinstance(n, int) and n > 0 for n in patch):
+        raise InputError(f"patch must be three positive whole numbers, got {patch}")
+    if batch_size < 1 or num_threads < 1:
+        raise InputError(f"batch_size and num_threads must be at least 1, got {batch_size} and {num_threads}")
+    if not 0 <= foreground_fraction <= 1:
+        raise InputError(f"foreground_fraction must be between 0 and 1, got {foreground_fraction}")
+    if not 0 <= rank < world_size:
+        raise InputError(f"rank must be between 0 and world_size - 1 = {world_size - 1}, got {rank}")
+
+
+def _select(store: Store, split: str, case_ids: Sequence[str] | None, world_size: int) -> list[StoredCase]:
+    cases = {case.id: case for case in store.cases(split)}
+    if not cases:
+        raise InputError(f"{store.path} has no {split} cases: prepare a cohort with a {split} split")
+    if case_ids is not None:
+        if unknown := [i for i in case_ids if i not in cases]:
+            raise InputError(f"{store.path} has no {split} case {unknown[0]!r}")
+        cases = {case_id: cases[case_id] for case_id in sorted(set(case_ids))}
+    if unlabelled := [case.id for case in cases.values() if case.label is None]:
+        raise InputError(f"{split} case {unlabelled[0]!r} of {store.path} has no label")
+    if len(cases) < world_size:
+        raise InputError(f"{len(cases)} {split} cases cannot be shared by {world_size} ranks: use at most {len(cases)}")
+    return list(cases.values())
+
+
+def _readable(error: RuntimeError) -> Exception:
+    """DALI's many-line error as one line where it is about a file of the store; any other as it is."""
+    path = re.search(r"[^\s\"'`]*/[^\s\"'`]+\.npy", str(error))
+    if path is None:
+        return error
+    return InputError(f"{path[0]} cannot be read: it is missing, damaged or was changed while in use; prepare the store again")

@@ -1,0 +1,92 @@
+"""anatomix: the published foundation model, a U-Net trained on synthetic volumes (arXiv 2411.02372)."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dropgen_fast.errors import InputError
+from dropgen_fast.networks import UNet
+
+HUB_REPOSITORY = "neeldey/anatomix"
+CHANNELS = 16
+
+
+def build() -> UNet:
+    """The architecture of ``anatomix``, with fresh weights."""
+    return UNet(1, CHANNELS, base_channels=16, downsamplings=4)
+
+
+def load(weights: Path | None = None, sha256: str | None = None) -> tuple[UNet, str]:
+    """The network with its published weights, and the SHA-256 of their file.
+
+    Args:
+        weights: a local file (.pth or .safetensors); None: `anatomix.pth` from the Hugging Face Hub.
+        sha256: what the file's hash must be; a file from the Hub is held against the hash that the Hub gives anyway.
+
+    Raises:
+        InputError: no such file, the Hub cannot be reached, a hash that differs, or a file that is not these weights.
+    """
+    path, published = (weights, None) if weights is not None else _from_hub("anatomix.pth")
+    if not path.is_file():
+        raise InputError(f"weights {path} do not exist")
+    digest = _sha256(path)
+    for wanted, whose in ((sha256, "asked for"), (published, "the Hub's")):
+        if wanted is not None and wanted.lower() != digest:
+            raise InputError(f"weights {path} have SHA-256 {digest}, {whose} is {wanted}: the file is damaged or another one")
+    network = build()
+    state = _read(path)
+    try:
+        network.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise InputError(f"weights {path} are not those of anatomix: {' '.join(str(error).split())[:300]}") from error
+    return network, digest
+
+
+def _from_hub(name: str) -> tuple[Path, str | None]:
+    """(local copy of a file of the Hub's repository, the SHA-256 that the Hub publishes for it)."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        path = Path(hf_hub_download(HUB_REPOSITORY, name))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise InputError(f"the Hugging Face Hub cannot be reached for {HUB_REPOSITORY} ({type(error).__name__}): download "
+                         f"{name} from there on another machine and give its path (--extractor-weights)") from error
+    try:
+        etag = get_hf_file_metadata(hf_hub_url(HUB_REPOSITORY, name)).etag
+    except (OfflineModeIsEnabled, HfHubHTTPError, OSError):
+        return path, None  # a cached copy, and no connection: it was checked when it came
+    return path, etag if etag is not None and len(etag) == 64 else None
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pth file; a prefix that torch.compile left is taken off."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format has its own ways to be damaged
+        if not isinstance(error, (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)) and (
+                type(error).__name__ != "SafetensorError"):
+            raise
+        raise InputError(f"weights {path} are damaged or no weights file: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"weights {path} must hold a plain state dict of tensors, got {type(state).__name__}")
+    return {str(key).removeprefix("_orig_mod."): value for key, value in state.items()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

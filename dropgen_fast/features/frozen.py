@@ -1,0 +1,84 @@
+"""`FrozenExtractor`: a feature extractor that nothing can unfreeze."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FrozenExtractor(nn.Module):
+    """Features of a frozen model: (N, Ci, D, H, W) in [0, 1] → (N, Ci · channels, d, h, w), without gradient.
+
+    Frozen by construction. The model is in evaluation mode and stays there: it is no submodule, so a parent's ``train()``
+    does not reach it, and its own ``train()`` and that of every part of it do nothing. Its weights are no parameters of
+    a parent and not in a parent's ``state_dict()``; they follow a parent's ``to()``. `identity` names them instead.
+
+    Several image channels go through the model each on its own; their features are concatenated.
+
+    Args:
+        module: (N, 1, D, H, W) → (N, channels, d, h, w).
+        name: for messages and checkpoints.
+        channels: features per image channel.
+        stride: the model runs on the image downsampled by this factor: 8 times less work for 2. Cells are averaged, which
+            keeps finer detail from aliasing; cell i of d covers [i, i + 1) · D/d of the image, so that interpolation with
+            half-pixel centres lines up again.
+        sha256: hash of the weights (or the name and version of an algorithm that has none).
+    """
+
+    def __init__(self, module: nn.Module, *, name: str, channels: int, stride: int = 1, sha256: str) -> None:
+        super().__init__()
+        if stride < 1:
+            raise ValueError(f"stride must be at least 1, got {stride}")
+        self.name, self.channels, self.stride, self.sha256 = name, channels, stride, sha256
+        self.training = False
+        module.eval().requires_grad_(False)
+        for part in module.modules():
+            part.train = functools.partial(_stay_frozen, part)  # type: ignore[method-assign]
+        self._held = (module,)  # in a tuple torch does not see it as a submodule
+
+    def train(self, mode: bool = True) -> FrozenExtractor:
+        """Do nothing: an extractor stays in evaluation mode."""
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> FrozenExtractor:
+        """Do nothing: an extractor has no gradient."""
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenExtractor:
+        super()._apply(fn, recurse)
+        self._held[0]._apply(fn, recurse)
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the features: name, stride, hash of the weights. Goes into checkpoints."""
+        return {"name": self.name, "stride": self.stride, "sha256": self.sha256}
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        """Features of an image (N, Ci, D, H, W) in [0, 1].
+
+        Raises:
+            ValueError: not five axes, or a size that the model cannot take.
+        """
+        if image.dim() != 5:
+            raise ValueError(f"image must be (N, Ci, D, H, W), got shape {tuple(image.shape)}")
+        n, channels, *size = image.shape
+        single = image.reshape(n * channels, 1, *size)
+        if self.stride > 1:
+            single = F.interpolate(single, size=[-(-s // self.stride) for s in size], mode="area")
+        features: Tensor = self._held[0](single)
+        return features.reshape(n, channels * features.shape[1], *features.shape[2:])
+
+    def extra_repr(self) -> str:
+        """Name, channels and stride."""
+        return f"name={self.name}, channels={self.channels}, stride={self.stride}"
+
+
+def _stay_frozen(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Stands where a frozen module's `train` was."""
+    return module

@@ -1,0 +1,116 @@
+"""`dropgen-fast prepare`: check and resample a cohort of NIfTI files into a store that training reads by region."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from dropgen_fast.cli import run
+from dropgen_fast.config import Preset, load_preset
+from dropgen_fast.data.cohort import Cohort, read_cohort, split_off_validation
+from dropgen_fast.data.prepare import Report, Settings, cohort_spacing_mm, prepare_cohort, unreferenced
+from dropgen_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Settings of `prepare`; what is not given comes from the preset, then from the cohort."""
+
+    source: Path
+    """nnU-Net style folder (imagesTr, labelsTr, …, dataset.json) or CSV file (image, label, split)."""
+    store: Path
+    """Folder of the prepared store; new, empty, or a store to bring up to date."""
+    preset: str | None = None
+    """Name of a preset, or a YAML file with one."""
+    spacing_mm: tuple[float, float, float] | None = None
+    """Voxel spacing to resample to, right-left, posterior-anterior, inferior-superior; else the preset's or the median."""
+    intensity_window: tuple[float, float] | None = None
+    """Clip intensities to (low, high), for CT in Hounsfield units; else the preset's or none."""
+    classes: tuple[str, ...] | None = None
+    """Class names in the order of their label values, background first; else dataset.json's or the preset's."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Number type of the stored images; float16 halves their size."""
+    val_fraction: float | None = None
+    """Share of the training cases to set aside for validation where there is no val split."""
+    seed: int = 0
+    """Decides which cases `val_fraction` sets aside."""
+    workers: int = min(8, len(os.sched_getaffinity(0)))
+    """Processes that prepare cases side by side."""
+    strict: bool = False
+    """Stop at the first case that cannot be used."""
+    prune: bool = False
+    """Remove case folders of older sources or settings; not while a training still reads them."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prepare a cohort; 0 if every case is in the store, 1 if some were left out (each listed with the reason)."""
+    config = tyro.cli(PrepareConfig, args=list(argv), prog="dropgen-fast prepare", description=__doc__)
+    report = prepare(config)
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    for entry in report.left_out:
+        print(f"left out: case {entry.id}: {entry.reason}", file=sys.stderr)
+    print(_summary(config, report))
+    return 1 if report.left_out else 0
+
+
+def prepare(config: PrepareConfig) -> Report:
+    """What the command does, without printing.
+
+    Raises:
+        InputError: whatever concerns the cohort, the settings or the store as a whole; `strict`: the first case at fault.
+    """
+    if config.workers < 1:
+        raise InputError(f"workers must be at least 1, got {config.workers}")
+    preset = load_preset(config.preset)
+    cohort = read_cohort(config.source)
+    if config.val_fraction is not None:
+        cohort = split_off_validation(cohort, config.val_fraction, config.seed)
+    classes, warnings = _classes(config, preset, cohort)
+    settings = Settings(config.spacing_mm or preset.spacing_mm or cohort_spacing_mm(cohort),
+                        config.intensity_window or preset.intensity_window, config.dtype)
+    report = prepare_cohort(cohort, config.store, settings, classes=classes, preset=config.preset, workers=config.workers,
+                            strict=config.strict, prune=config.prune)
+    report.warnings[:0] = warnings
+    return report
+
+
+def _classes(config: PrepareConfig, preset: Preset, cohort: Cohort) -> tuple[tuple[str, ...] | None, list[str]]:
+    """The class names to use, and warnings where two sources of them differ in name only."""
+    if config.classes is not None and len(config.classes) < 2:
+        raise InputError(f"classes must be at least two names, background first, got {config.classes}")
+    named = [(where, names) for where, names in (("--classes", config.classes), ("dataset.json", cohort.classes),
+                                                 (f"preset {config.preset}", preset.classes)) if names is not None]
+    warnings = []
+    for where, names in named[1:]:
+        first_where, first = named[0]
+        if len(names) != len(first):
+            raise InputError(f"{first_where} has {len(first)} classes ({', '.join(first)}), {where} has {len(names)} "
+                             f"({', '.join(names)}): they must agree")
+        differing = [(v, a, b) for v, (a, b) in enumerate(zip(first, names, strict=True)) if a.casefold() != b.casefold()]
+        if differing:
+            value, a, b = differing[0]
+            warnings.append(f"class {value} is {a!r} in {first_where} and {b!r} in {where}: check that label values mean the "
+                            f"same; {first_where} is used")
+    return (named[0][1] if named else None), warnings
+
+
+def _summary(config: PrepareConfig, report: Report) -> str:
+    counts = {split: sum(p.case.split == split for p in report.prepared) for split in ("train", "val", "test")}
+    new = sum(not p.reused for p in report.prepared)
+    lines = [f"{config.store}: {len(report.prepared)} cases ({', '.join(f'{n} {s}' for s, n in counts.items())}), {new} of them "
+             f"prepared now, {len(report.prepared) - new} unchanged; {len(report.left_out)} left out",
+             f"classes: {', '.join(f'{v} {name}' for v, name in enumerate(report.classes))}"]
+    if others := unreferenced(config.store.absolute(), report):
+        lines.append(f"{others} case folders of older sources or settings are no longer used; --prune removes them")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run("prepare", main, sys.argv[1:]))
