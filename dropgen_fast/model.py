@@ -94,6 +94,7 @@ def build_model(config: ModelConfig, *, image_channels: int, classes: int, patch
     rates: float | tuple[float, float] = 0.0
     if config.method == "dropgen":
         extractor = load_extractor(config.extractor, stride=config.extractor_stride, weights=config.extractor_weights)
+        extractor.check_patch(patch)
         if len(config.fusion.p) not in (1, 2):
             raise InputError(f"fusion.p must be one drop rate or two (image, features), got {config.fusion.p}")
         rates = config.fusion.p[0] if len(config.fusion.p) == 1 else (config.fusion.p[0], config.fusion.p[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +9,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+from torch.func import functional_call
 
 from dropgen_fast.errors import InputError
 
@@ -17,6 +23,10 @@ NORMALIZATIONS: dict[str, Callable[[int, float], nn.Module]] = {
     "batch": lambda channels, eps: nn.BatchNorm3d(channels, eps=eps),
     "instance": lambda channels, eps: nn.InstanceNorm3d(channels, eps=eps),
 }
+# How the networks of this field call them, the most common first.
+IN_CHANNELS = ("in_channels", "in_chans", "input_channels", "n_channels", "input_nc")
+OUT_CHANNELS = ("out_channels", "num_classes", "n_classes", "out_chans", "output_channels", "output_nc")
+TRIED_BATCH = 2  # BatchNorm needs more than one value per channel, and the bottom of a network may be one voxel
 
 
 class UNet(nn.Module):
@@ -90,12 +100,9 @@ class UNet(nn.Module):
 
     def check_size(self, size: Sequence[int]) -> None:
         """Raise ValueError for a size (D, H, W) that cannot be halved, or whose bottom cannot be padded by reflection."""
-        least = 2 * self.divisor  # reflection needs two voxels
-        if any(n % self.divisor or n < least for n in size):
-            nearest = [max(n // self.divisor * self.divisor, least) for n in size]
-            above = [max(-(-n // self.divisor) * self.divisor, least) for n in size]
-            raise ValueError(f"a U-Net of {self.downsamplings} downsamplings takes sizes that are multiples of {self.divisor}, "
-                             f"{least} at least; got {tuple(size)}, {tuple(nearest)} or {tuple(above)} would do")
+        problem = size_problem(size, self.divisor)
+        if problem is not None:
+            raise ValueError(f"a U-Net of {self.downsamplings} downsamplings: {problem}")
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores or features; raises ValueError for a size that `check_size` refuses."""
@@ -110,36 +117,89 @@ class UNet(nn.Module):
         return x
 
 
+def size_problem(size: Sequence[int], divisor: int) -> str | None:
+    """What is wrong with a size for a U-Net of that divisor, and the nearest sizes that would do; None where nothing is."""
+    least = 2 * divisor  # the bottom needs two voxels to be padded by reflection
+    if not any(n % divisor or n < least for n in size):
+        return None
+    below = tuple(max(n // divisor * divisor, least) for n in size)
+    above = tuple(max(-(-n // divisor) * divisor, least) for n in size)
+    would_do = f"{below} or {above}" if below != above else f"{below}"
+    return f"sizes must be multiples of {divisor}, {least} at least; got {tuple(size)}, {would_do} would do"
+
+
 def build_network(
-    path: str, in_channels: int, out_channels: int, patch: tuple[int, int, int], options: Mapping[str, Any],
+    path: str, in_channels: int, out_channels: int, patch: Sequence[int], options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A network that maps (N, in_channels, *patch) to (N, out_channels, *patch).
 
     Args:
         path: "unet", or ``package.module:Name``, a class or function that returns a module.
-        in_channels, out_channels: given to it as ``in_channels`` and ``out_channels`` (or ``num_classes``); where it asks
-            for ``spatial_dims`` it is told 3, where it asks for ``img_size`` the patch.
+        in_channels, out_channels: given to it under the first of `IN_CHANNELS` and of `OUT_CHANNELS` that it has.
         patch: (D, H, W); the network is tried on it, without arithmetic.
-        options: further keyword arguments; they win over the ones above.
+        options: further keyword arguments. Where the network asks for ``spatial_dims`` it is told 3, where it must be
+            told ``img_size`` the patch, unless an option says otherwise.
 
     Raises:
-        InputError: nothing at that path, arguments that it refuses, or a patch that it cannot take.
+        InputError: nothing at that path, arguments that it refuses, a patch that it cannot take, or another output.
     """
     build: Callable[..., Any] = UNet if path == "unet" else import_object(path, "network")
+    arguments = _arguments(build, path, in_channels, out_channels, patch, options or {})
     try:
-        accepted = inspect.signature(build).parameters
-        supplied = {"in_channels": in_channels, "out_channels": out_channels, "num_classes": out_channels, "spatial_dims": 3,
-                    "img_size": patch}
-        if "out_channels" in accepted:
-            del supplied["num_classes"]
-        arguments = {name: value for name, value in supplied.items() if name in accepted} | dict(options)
         network = build(**arguments)
-    except (TypeError, ValueError, KeyError, AssertionError, AttributeError, IndexError) as error:
-        raise InputError(f"network {path} refuses its arguments {dict(options)}: {_one_line(error)}") from error
+    except Exception as error:  # whatever a foreign class raises for arguments that it refuses
+        raise InputError(f"network {path} refuses its arguments {arguments}: {_one_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise InputError(f"network {path} must give a torch.nn.Module, got {type(network).__name__}")
-    _try_patch(network, path, in_channels, out_channels, patch)
+    out = _try_patch(network, path, in_channels, patch)
+    wanted = (TRIED_BATCH, out_channels, *patch)
+    if out is not None and not (isinstance(out, Tensor) and tuple(out.shape) == wanted):
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise InputError(f"network {path} must give scores of shape {wanted} for {TRIED_BATCH} patches, got {got} (deep "
+                         "supervision and other extra outputs must be off)")
     return network
+
+
+def check_patch(network: nn.Module, patch: Sequence[int], in_channels: int | None = None) -> None:
+    """Find out before training whether a network takes patches of this size; nothing is computed.
+
+    Args:
+        network: any.
+        patch: (D, H, W).
+        in_channels: of the network; None: its attribute of that name, else those of its first 3D convolution.
+
+    Raises:
+        InputError: it does not.
+    """
+    if in_channels is None:
+        first = next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv3d)), None)
+        in_channels = getattr(network, "in_channels", first)
+    if not isinstance(in_channels, int):
+        raise InputError(f"cannot tell how many channels {type(network).__name__} takes: give in_channels")
+    _try_patch(network, type(network).__name__, in_channels, patch)
+
+
+def _arguments(
+    build: Callable[..., Any], path: str, in_channels: int, out_channels: int, patch: Sequence[int], options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Keyword arguments for `build`: the options, and what this engine knows, under the names that `build` has for it."""
+    try:
+        accepted = inspect.signature(build).parameters
+    except ValueError as error:
+        raise InputError(f"network {path} has no signature that can be read: wrap it in a function") from error
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+    arguments = dict(options)
+    for spellings, value in ((IN_CHANNELS, in_channels), (OUT_CHANNELS, out_channels)):
+        name = next((s for s in spellings if s in accepted), spellings[0] if anything else None)
+        if name is None:
+            raise InputError(f"network {path} has no argument {', '.join(spellings)}: wrap it in a function that has")
+        if arguments.setdefault(name, value) != value:
+            raise InputError(f"network {path}: {name} follows from the data and is {value}, got {arguments[name]!r}; leave it out")
+    if "spatial_dims" in accepted:
+        arguments.setdefault("spatial_dims", 3)
+    if "img_size" in accepted and accepted["img_size"].default is inspect.Parameter.empty:
+        arguments.setdefault("img_size", tuple(patch))
+    return arguments
 
 
 def import_object(path: str, what: str) -> Any:
@@ -149,25 +209,38 @@ def import_object(path: str, what: str) -> Any:
         raise InputError(f"{what} must be a known name or package.module:Name, got {path!r}")
     try:
         return getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise InputError(f"{what} {path}: cannot import {module} ({_one_line(error)})") from error
     except AttributeError as error:
         raise InputError(f"{what} {path}: {module} has no {name}") from error
+    except Exception as error:  # a user's own module may fail in any way while it is imported
+        raise InputError(f"{what} {path}: cannot import {module} ({_one_line(error)})") from error
 
 
-def _try_patch(network: nn.Module, path: str, in_channels: int, out_channels: int, patch: tuple[int, int, int]) -> None:
-    """Run a copy of the network on torch's meta device, which has shapes and no values."""
-    wanted = (1, out_channels, *patch)
+def _try_patch(network: nn.Module, path: str, in_channels: int, patch: Sequence[int]) -> object:
+    """What the network gives for a batch of patches, shapes only; None where its forward depends on values.
+
+    Raises:
+        InputError: it fails.
+    """
     try:
-        if isinstance(network, UNet):
-            network.check_size(patch)
-        out = copy.deepcopy(network).to("meta").eval()(torch.empty(1, in_channels, *patch, device="meta"))
+        return fake_forward(network, (TRIED_BATCH, in_channels, *patch))
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
+        return None  # only a real run would tell
     except Exception as error:  # whatever a foreign network raises for a size that it cannot take
-        raise InputError(f"network {path} cannot take a patch of {patch}: {_one_line(error)}") from error
-    if not isinstance(out, Tensor) or tuple(out.shape) != wanted:
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise InputError(f"network {path} must give scores of shape {wanted} for a patch of {patch}, got {got}")
+        raise InputError(f"network {path} cannot take a patch of {tuple(patch)}: {_one_line(error)}") from error
+
+
+def fake_forward(module: nn.Module, shape: Sequence[int]) -> object:
+    """What a module gives for a float32 input of that shape, as torch's fake tensors: shapes without memory or arithmetic.
+
+    It runs in the mode that it is in, since some networks give more in training; its own tensors, running statistics among
+    them, are not touched.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        device = next((value.device for value in own.values()), torch.device("cpu"))
+        fakes = {name: mode.from_tensor(value) for name, value in own.items()}
+        return functional_call(module, fakes, (torch.empty(tuple(shape), device=device),))
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__

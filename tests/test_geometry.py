@@ -224,6 +224,16 @@ def test_bad_files_are_named_in_one_line(tmp_path: Path, kind: str, message: str
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("damage", ["one bit in the middle", "one byte short"])
+def test_checksum_is_looked_at(tmp_path: Path, damage: str) -> None:
+    path = write_nifti(tmp_path / "image.nii.gz", blobs((20, 20, 20))[0], np.eye(4))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4 * (damage == "one bit in the middle")
+    path.write_bytes(content[: len(content) - (damage == "one byte short")])
+    with pytest.raises(InputError, match="truncated or damaged"):
+        load_volume(path)
+
+
 def test_truncated_uncompressed_file(tmp_path: Path) -> None:
     path = write_nifti(tmp_path / "image.nii", np.zeros((8, 8, 8), np.float32), np.eye(4))
     path.write_bytes(path.read_bytes()[:-100])

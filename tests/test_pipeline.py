@@ -341,7 +341,9 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
                                     for x, y in zip(a, b, strict=True))
 
 
-def test_every_epoch_has_every_case_once_in_another_order(store: Store) -> None:
+@pytest.mark.parametrize("buffer", [2, 1024])
+def test_every_epoch_has_every_case_once_in_another_order(store: Store, buffer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dropgen_fast.data.graph.MAX_SHUFFLE_BUFFER", buffer)
     stream = pipeline(store, batch_size=3)
     assert stream.cases_per_epoch == 5
     order = [c for batch in take(stream, 15) for c in batch.cases]
@@ -423,15 +425,15 @@ def test_gpu_does_what_the_cpu_does(store: Store) -> None:
 
 
 def test_the_gpu_graph_is_a_graph(store: Store) -> None:
-    """Without a GPU this is as far as it goes: DALI accepts every operator's inputs, devices and layouts by schema."""
+    """As far as it goes without a GPU: what DALI checks while a graph is defined, such as arguments that must be on the CPU."""
     from dropgen_fast.data.graph import training_graph
 
     cases = store.cases("train")
     graph = training_graph(
-        images=[str(c.image) for c in cases], labels=[str(c.label) for c in cases], foregrounds=[str(c.foreground) for c in cases],
-        patch=SHAPE, augmentation=AugmentationConfig(), foreground_fraction=0.5, reader_seed=0, rank=0, world_size=1, gpu=True,
-        batch_size=2, num_threads=1, device_id=None, seed=0)
-    assert b"gpu" in graph.serialize()
+        images=[str(c.image) for c in cases], labels=[str(c.label) for c in cases], rank=0, world_size=1, gpu=True,
+        foregrounds=[str(c.foreground) for c in cases], patch=SHAPE, augmentation=AugmentationConfig(), foreground_fraction=0.5,
+        reader_seed=0, batch_size=2, num_threads=1, device_id=None, seed=0)
+    assert b"WarpAffine" in graph.serialize()
 
 
 # --- what can be wrong --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ Everything that touches voxels runs on CuPy where there is a GPU and on NumPy an
 from __future__ import annotations
 
 import functools
+import gzip
 import os
 import tempfile
 import zlib
@@ -89,6 +90,10 @@ def load_volume(path: Path) -> Volume:
     image = _open(path)
     shape = tuple(image.shape)
     try:
+        if path.name.endswith(".gz"):
+            # Read to the end, where gzip keeps its checksum: nibabel stops at the last voxel and never looks at it, so that
+            # most damaged files would pass as images.
+            image = type(image).from_bytes(gzip.decompress(path.read_bytes()))
         scaled = image.dataobj.slope not in (1, None) or image.dataobj.inter not in (0, None)
         array = image.get_fdata(dtype=np.float32, caching="unchanged") if scaled else np.asanyarray(image.dataobj)
     except (*UNREADABLE, MemoryError) as error:
@@ -266,7 +271,6 @@ def save_like(original: Path, labels: npt.NDArray[Any], path: Path) -> None:
     dtype = np.uint8 if labels.size == 0 or (labels.min() >= 0 and labels.max() <= 255) else np.int32
     header = image.header.copy()
     header.set_data_dtype(dtype)
-    header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0  # display limits of the image mean nothing for labels
     result = type(image)(np.ascontiguousarray(labels.reshape(shape), dtype=dtype), image.affine, header)
     path = Path(path)

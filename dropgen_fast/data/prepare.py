@@ -359,6 +359,7 @@ def prepare_cohort(cohort: Cohort, store: Path, settings: Settings, *, classes: 
                 report.left_out.append(result)
                 if strict:
                     raise InputError(f"case {result.id}: {result.reason}")
+        report.left_out.sort(key=lambda entry: entry.id)
         report.prepared.sort(key=lambda p: (SPLITS.index(p.case.split), p.case.id))
         training = [p for p in report.prepared if p.case.split == "train"]
         if not training:

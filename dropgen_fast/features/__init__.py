@@ -11,21 +11,21 @@ from torch import nn
 from dropgen_fast.errors import InputError
 from dropgen_fast.features import anatomix, mind
 from dropgen_fast.features.frozen import FrozenExtractor
-from dropgen_fast.networks import import_object
+from dropgen_fast.networks import fake_forward, import_object
 
 __all__ = ["FrozenExtractor", "load_extractor"]
 
 NAMES = ("mind", "anatomix")
-PROBE_VOXELS = 64
+PROBED_SIDES = (64, 32, 96, 128)  # voxels; 128 is what ViTs often want and nothing else
 
 
-def load_extractor(name: str, *, stride: int = 1, weights: Path | None = None, sha256: str | None = None) -> FrozenExtractor:
+def load_extractor(name: str, *, stride: int = 1, weights: str | Path | None = None, sha256: str | None = None) -> FrozenExtractor:
     """A frozen extractor by name: (N, Ci, D, H, W) in [0, 1] → (N, Ci · channels, d, h, w).
 
     Args:
         name: "mind" (embedded, 12 channels), "anatomix" (16 channels, published weights), or ``package.module:factory``,
             where ``factory()`` gives a module (N, 1, D, H, W) → (N, C, d, h, w); C is its attribute ``channels``, else it is
-            found by running it on a volume of 64³ zeros.
+            found by trying it, without arithmetic, on cubes of `PROBED_SIDES` voxels until it takes one.
         stride: run it on the image downsampled by this factor.
         weights: local file of the published weights; None: from the Hugging Face Hub.
         sha256: what that file's hash must be.
@@ -40,31 +40,39 @@ def load_extractor(name: str, *, stride: int = 1, weights: Path | None = None, s
     if name == "mind":
         return FrozenExtractor(mind.MIND(), name=name, channels=mind.CHANNELS, stride=stride, sha256=mind.VERSION)
     if name == "anatomix":
-        network, digest = anatomix.load(weights, sha256)
+        network, digest = anatomix.load(None if weights is None else Path(weights), sha256)
         return FrozenExtractor(network, name=name, channels=anatomix.CHANNELS, stride=stride, sha256=digest)
     if ":" not in name:
         raise InputError(f"no extractor {name!r}; there are {', '.join(NAMES)}, or give package.module:factory")
-    module = import_object(name, "extractor")()
+    factory = import_object(name, "extractor")
+    try:
+        module = factory()
+    except Exception as error:  # whatever a foreign factory raises
+        raise InputError(f"extractor {name} cannot be made: {' '.join(str(error).split()) or type(error).__name__}") from error
     if not isinstance(module, nn.Module):
         raise InputError(f"extractor {name} must give a torch.nn.Module, got {type(module).__name__}")
     return FrozenExtractor(module, name=name, channels=_channels(module, name), stride=stride, sha256=_state_hash(module))
 
 
 def _channels(module: nn.Module, name: str) -> int:
-    """How many features a module gives: its attribute, else what comes out for zeros."""
+    """How many features a module gives: its attribute, else what comes out of it."""
     told = getattr(module, "channels", None)
     if isinstance(told, int):
         return told
-    try:
-        with torch.no_grad():
-            out = module.eval()(torch.zeros(1, 1, *[PROBE_VOXELS] * 3))
-    except Exception as error:  # whatever a foreign module raises
-        raise InputError(f"extractor {name} fails on a volume of {PROBE_VOXELS}³ zeros ({' '.join(str(error).split())}); "
-                         "give it an attribute `channels` if it needs another size") from error
-    if not isinstance(out, torch.Tensor) or out.dim() != 5:
-        raise InputError(f"extractor {name} must give a tensor (N, C, d, h, w), got "
-                         f"{tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__}")
-    return out.shape[1]
+    module.eval()
+    problems = []
+    for side in PROBED_SIDES:
+        try:
+            out = fake_forward(module, (1, 1, side, side, side))
+        except Exception as error:  # whatever a foreign module raises for a size that it cannot take
+            problems.append(" ".join(str(error).split())[:300])
+            continue
+        if not isinstance(out, torch.Tensor) or out.dim() != 5:
+            raise InputError(f"extractor {name} must give a tensor (N, C, d, h, w), got "
+                             f"{tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__}")
+        return out.shape[1]
+    raise InputError(f"extractor {name} takes no cube of {', '.join(map(str, PROBED_SIDES))} voxels ({problems[0]}); give it an "
+                     "attribute `channels` if it needs another size")
 
 
 def _state_hash(module: nn.Module) -> str:

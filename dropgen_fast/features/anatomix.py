@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
-import zipfile
+import re
 from pathlib import Path
 
 import torch
@@ -15,6 +14,8 @@ from dropgen_fast.networks import UNet
 
 HUB_REPOSITORY = "neeldey/anatomix"
 CHANNELS = 16
+SHA256 = re.compile("[0-9a-f]{64}")
+WAY_OUT = "download {} from there on another machine and give its path (--extractor-weights)"
 
 
 def build() -> UNet:
@@ -45,24 +46,42 @@ def load(weights: Path | None = None, sha256: str | None = None) -> tuple[UNet, 
         network.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise InputError(f"weights {path} are not those of anatomix: {' '.join(str(error).split())[:300]}") from error
+    if not all(value.isfinite().all() for value in network.state_dict().values()):
+        raise InputError(f"weights {path} hold values that are not finite: the file is damaged or another one")
     return network, digest
 
 
 def _from_hub(name: str) -> tuple[Path, str | None]:
-    """(local copy of a file of the Hub's repository, the SHA-256 that the Hub publishes for it)."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    """(local copy of a file of the Hub's repository, the SHA-256 that the Hub publishes for it).
+
+    The Hub is asked for the hash first: that fails at once where there is no network, and the download after many tries.
+    """
+    import huggingface_hub
 
     try:
-        path = Path(hf_hub_download(HUB_REPOSITORY, name))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise InputError(f"the Hugging Face Hub cannot be reached for {HUB_REPOSITORY} ({type(error).__name__}): download "
-                         f"{name} from there on another machine and give its path (--extractor-weights)") from error
+        etag = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(HUB_REPOSITORY, name)).etag
+    except Exception as error:  # the Hub's client has changed its HTTP library, and its exceptions, twice
+        return _from_cache(name, error)
+    if etag is None or not SHA256.fullmatch(etag):
+        raise InputError(f"the Hugging Face Hub publishes no SHA-256 for {name} of {HUB_REPOSITORY}: {WAY_OUT.format(name)}")
     try:
-        etag = get_hf_file_metadata(hf_hub_url(HUB_REPOSITORY, name)).etag
-    except (OfflineModeIsEnabled, HfHubHTTPError, OSError):
-        return path, None  # a cached copy, and no connection: it was checked when it came
-    return path, etag if etag is not None and len(etag) == 64 else None
+        return Path(huggingface_hub.hf_hub_download(HUB_REPOSITORY, name)), etag
+    except Exception as error:
+        raise InputError(f"{name} of {HUB_REPOSITORY} could not be downloaded ({type(error).__name__}): "
+                         f"{WAY_OUT.format(name)}") from error
+
+
+def _from_cache(name: str, problem: Exception) -> tuple[Path, str | None]:
+    """What an earlier download left; the cache keeps files under the hash that the Hub gave, behind a link."""
+    import huggingface_hub
+
+    try:
+        path = Path(huggingface_hub.hf_hub_download(HUB_REPOSITORY, name, local_files_only=True))
+    except Exception as error:
+        raise InputError(f"the Hugging Face Hub cannot be reached for {HUB_REPOSITORY} ({type(problem).__name__}): "
+                         f"{WAY_OUT.format(name)}") from error
+    stored = path.resolve().name
+    return path, stored if SHA256.fullmatch(stored) else None
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -75,9 +94,6 @@ def _read(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own ways to be damaged
-        if not isinstance(error, (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)) and (
-                type(error).__name__ != "SafetensorError"):
-            raise
         raise InputError(f"weights {path} are damaged or no weights file: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"weights {path} must hold a plain state dict of tensors, got {type(state).__name__}")

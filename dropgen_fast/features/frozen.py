@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dropgen_fast.errors import InputError
+from dropgen_fast.networks import UNet, size_problem
 
 
 class FrozenExtractor(nn.Module):
@@ -24,9 +27,7 @@ class FrozenExtractor(nn.Module):
         module: (N, 1, D, H, W) → (N, channels, d, h, w).
         name: for messages and checkpoints.
         channels: features per image channel.
-        stride: the model runs on the image downsampled by this factor: 8 times less work for 2. Cells are averaged, which
-            keeps finer detail from aliasing; cell i of d covers [i, i + 1) · D/d of the image, so that interpolation with
-            half-pixel centres lines up again.
+        stride: the model runs on the image downsampled by this factor (see `downsample`): 8 times less work for 2.
         sha256: hash of the weights (or the name and version of an algorithm that has none).
     """
 
@@ -58,6 +59,19 @@ class FrozenExtractor(nn.Module):
         """What decides the features: name, stride, hash of the weights. Goes into checkpoints."""
         return {"name": self.name, "stride": self.stride, "sha256": self.sha256}
 
+    def check_patch(self, patch: Sequence[int]) -> None:
+        """Raise InputError for a patch (D, H, W) that the model, a `UNet` such as anatomix, cannot take at this stride."""
+        problem = self._patch_problem(patch)
+        if problem is not None:
+            raise InputError(problem)
+
+    def _patch_problem(self, patch: Sequence[int]) -> str | None:
+        model = self._held[0]
+        if not isinstance(model, UNet) or size_problem(coarse_size(patch, self.stride), model.divisor) is None:
+            return None
+        # Sizes that do are told in voxels of the image, which is what the user sets.
+        return f"extractor {self.name} at stride {self.stride}: {size_problem(patch, model.divisor * self.stride)}"
+
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         """Features of an image (N, Ci, D, H, W) in [0, 1].
@@ -68,15 +82,36 @@ class FrozenExtractor(nn.Module):
         if image.dim() != 5:
             raise ValueError(f"image must be (N, Ci, D, H, W), got shape {tuple(image.shape)}")
         n, channels, *size = image.shape
-        single = image.reshape(n * channels, 1, *size)
-        if self.stride > 1:
-            single = F.interpolate(single, size=[-(-s // self.stride) for s in size], mode="area")
-        features: Tensor = self._held[0](single)
+        problem = self._patch_problem(size)
+        if problem is not None:
+            raise ValueError(problem)
+        features: Tensor = self._held[0](downsample(image.reshape(n * channels, 1, *size), self.stride))
         return features.reshape(n, channels * features.shape[1], *features.shape[2:])
 
     def extra_repr(self) -> str:
         """Name, channels and stride."""
         return f"name={self.name}, channels={self.channels}, stride={self.stride}"
+
+
+def coarse_size(size: Sequence[int], stride: int) -> tuple[int, ...]:
+    """ceil(n / stride) of each axis."""
+    return tuple(-(-n // stride) for n in size)
+
+
+def downsample(image: Tensor, stride: int) -> Tensor:
+    """An image (N, C, D, H, W) on the grid of `coarse_size` that covers the same field of view.
+
+    Cells of stride³ voxels are averaged; a trilinear sample would look at 2³ voxels of each and let finer detail alias from a
+    stride of 3 on. Interpolation back to the image with half-pixel centres takes coarse voxel j of d to lie at
+    (j + 1/2) · D/d - 1/2. Those are the centres of the cells where the stride divides D; where it does not, the image is
+    stretched to the next multiple first, by that same interpolation, and then they are too.
+    """
+    if stride == 1:
+        return image
+    multiple = [n * stride for n in coarse_size(image.shape[2:], stride)]
+    if multiple != list(image.shape[2:]):
+        image = F.interpolate(image, size=multiple, mode="trilinear", align_corners=False)
+    return F.avg_pool3d(image, stride)
 
 
 def _stay_frozen(module: nn.Module, mode: bool = True) -> nn.Module:

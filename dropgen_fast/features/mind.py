@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHANNELS = 12
@@ -42,39 +41,41 @@ class MIND(nn.Module):
         if image.dim() != 5 or image.shape[1] != 1:
             raise ValueError(f"image must be (N, 1, D, H, W), got shape {tuple(image.shape)}")
         with torch.autocast(image.device.type, enabled=False):
-            ssd = box_mean(self._squared_differences(image.contiguous().float()), self.radius)
-            ssd -= ssd.amin(1, keepdim=True)
-            noise = ssd.mean(1, keepdim=True)
+            ssd = self._mean_squared_differences(image[:, 0].float())
+            least = ssd.amin(1, keepdim=True)
+            noise = ssd.mean(1, keepdim=True) - least
             usual = noise.mean((1, 2, 3, 4), keepdim=True)
             noise = torch.minimum(torch.maximum(noise, usual * 1e-3), usual * 1e3) + 1e-9
-            return ssd.div_(noise).neg_().exp_()
+            return ssd.sub_(least).div_(noise).neg_().exp_()
 
-    def _squared_differences(self, image: Tensor) -> Tensor:
-        """(N, 12, D, H, W): squared differences of the shifted volumes, pair by pair."""
-        d = self.dilation
-        size = image.shape[2:]
-        padded = F.pad(image, (d,) * 6, mode="replicate")
+    def _mean_squared_differences(self, volume: Tensor) -> Tensor:
+        """(N, D, H, W) → (N, 12, D, H, W): means over the box of the squared differences, pair by pair.
 
-        def shifted(offset: tuple[int, ...]) -> Tensor:
-            view = padded
-            for axis, (o, n) in enumerate(zip(offset, size, strict=True)):
-                view = view.narrow(2 + axis, d + o * d, n)
-            return view
-
-        out = image.new_empty(image.shape[0], len(PAIRS), *size)
+        The mean is a sum of the differences of a volume scaled by the root of the box's size; edges are repeated in the
+        one volume rather than in twelve; and one pair is finished before the next begins, so that its few volumes stay in
+        the processor's cache. That is where the time goes otherwise.
+        """
+        volume = volume * (2 * self.radius + 1) ** -1.5
+        shifted = {offset: self._shifted(volume, offset) for offset in NEIGHBOURS}
+        out = volume.new_empty(volume.shape[0], len(PAIRS), *volume.shape[1:])
         for k, (a, b) in enumerate(PAIRS):
-            torch.sub(shifted(a), shifted(b), out=out[:, k : k + 1])
-        return out.square_()
+            squared = (shifted[a] - shifted[b]).square_()
+            out[:, k] = box_sum(squared, self.radius)
+        return out
+
+    def _shifted(self, volume: Tensor, offset: tuple[int, ...]) -> Tensor:
+        """The volume (N, D, H, W) as seen from that neighbour, edges clamped, then padded by the radius, edges clamped."""
+        for axis, step in enumerate(offset, start=1):
+            n = volume.shape[axis]
+            index = torch.arange(-self.radius, n + self.radius, device=volume.device).clamp_(0, n - 1)
+            volume = volume.index_select(axis, (index + step * self.dilation).clamp_(0, n - 1))
+        return volume
 
 
-def box_mean(x: Tensor, radius: int) -> Tensor:
-    """Mean over (2 · radius + 1)³ voxels with clamped edges, axis by axis, of (N, C, D, H, W)."""
-    width = 2 * radius + 1
-    for axis in (2, 3, 4):
-        pads = [0] * 6
-        pads[2 * (4 - axis)] = pads[2 * (4 - axis) + 1] = radius
-        padded = F.pad(x, pads, mode="replicate")
-        x = padded.narrow(axis, 0, x.shape[axis]).clone()
-        for shift in range(1, width):
-            x += padded.narrow(axis, shift, x.shape[axis])
-    return x.div_(width**3)
+def box_sum(x: Tensor, radius: int) -> Tensor:
+    """Sums over (2 · radius + 1)³ voxels of (N, D + 2 · radius, …), axis by axis, where the whole box lies inside: (N, D, …)."""
+    for axis in (3, 2, 1):
+        n = x.shape[axis] - 2 * radius
+        first, *others = (x.narrow(axis, k, n) for k in range(2 * radius + 1))
+        x = sum(others, first)
+    return x

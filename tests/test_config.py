@@ -1,0 +1,78 @@
+"""Presets and the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dropgen_fast import cli
+from dropgen_fast.config import load_preset, preset_names
+from dropgen_fast.errors import InputError
+
+# The table of the method: classes, spacing in mm, patch, window, whether mirroring is allowed.
+TABLE = {
+    "brats": (4, (1, 1, 1), (128, 128, 128), None, True),
+    "amos": (16, (1, 1, 1.5), (192, 192, 128), (-1024, 1024), False),
+    "hvsmr": (9, (0.77, 0.72, 0.72), (128, 160, 128), None, True),
+    "cow": (14, (0.3, 0.3, 0.6), (192, 160, 128), (-1024, 1024), False),
+    "prostate": (2, (0.51, 0.52, 0.125), (256, 256, 64), None, True),
+    "pancreas": (2, (1.09, 1.09, 4.4), (256, 256, 64), None, True),
+}
+
+
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_presets_are_the_papers(name: str) -> None:
+    preset = load_preset(name)
+    assert preset.classes is not None
+    assert preset.classes[0] == "background"
+    assert len(set(preset.classes)) == len(preset.classes)
+    assert (len(preset.classes), preset.spacing_mm, preset.patch, preset.intensity_window, preset.mirror) == TABLE[name]
+
+
+def test_there_are_no_others() -> None:
+    assert preset_names() == sorted(TABLE)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("patches: [1, 2, 3]", r"unknown settings \['patches'\]; a preset has"),
+    ("patch: [16, 16]", r"patch must be three positive whole numbers, got \(16, 16\)"),
+    ("patch: [16, 16, 1.5]", "patch must be three positive whole"),
+    ("spacing_mm: [1, 0, 1]", "spacing_mm must be three positive numbers"),
+    ("intensity_window: [5, 5]", "intensity_window must be two numbers, low < high"),
+    ("classes: [background]", "classes must be at least two names"),
+    ("mirror: maybe", "mirror must be true or false"),
+    ("[1, 2]", "must be a mapping"),
+    ("a: [", "not readable YAML"),
+])
+def test_wrong_presets(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_preset(str(path))
+
+
+def test_absent_presets() -> None:
+    with pytest.raises(InputError, match="no preset 'liver'; there are amos, brats"):
+        load_preset("liver")
+    with pytest.raises(InputError, match=r"gone.yaml does not exist"):
+        load_preset("gone.yaml")
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_both_ways_to_call_a_command_are_the_same(command: str) -> None:
+    ways = [[sys.executable, "-m", f"dropgen_fast.{command}"], [sys.executable, "-m", "dropgen_fast", command]]
+    helps = [subprocess.run([*way, "--help"], capture_output=True, text=True, check=True).stdout for way in ways]
+    assert f"dropgen-fast {command}" in helps[0]
+    assert helps[0] == helps[1]
+
+
+def test_command_line_names_what_it_has(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["dropgen-fast"])
+    assert cli.main() == 0
+    assert all(name in capsys.readouterr().out for name in cli.COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["dropgen-fast", "trian"])
+    assert cli.main() == 2
+    assert "no command 'trian'; the commands are prepare, train" in capsys.readouterr().err

@@ -1,0 +1,308 @@
+"""Frozen extractors: frozen whatever one does, MIND against its definition in loops, anatomix from a file."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dropgen_fast import DropGen, StreamFusion, load_extractor
+from dropgen_fast.errors import InputError
+from dropgen_fast.features import FrozenExtractor, anatomix
+from dropgen_fast.features.mind import MIND, NEIGHBOURS, PAIRS
+from dropgen_fast.networks import UNet
+
+
+class Tiny(nn.Module):
+    """An extractor whose BatchNorm would move if it could."""
+
+    channels = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv3d(1, 3, 3, padding=1), nn.BatchNorm3d(3), nn.Dropout(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x)
+        return out
+
+
+def nothing() -> None:
+    """A factory that gives no module."""
+
+
+@pytest.fixture
+def extractor() -> FrozenExtractor:
+    torch.manual_seed(0)
+    return load_extractor(f"{__name__}:Tiny")
+
+
+def held(extractor: FrozenExtractor) -> nn.Module:
+    return extractor._held[0]
+
+
+def bits(extractor: FrozenExtractor) -> dict[str, bytes]:
+    return {k: v.numpy().tobytes() for k, v in held(extractor).state_dict().items()}
+
+
+# ---- frozen ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_train_call_moves_it(extractor: FrozenExtractor) -> None:
+    model = DropGen(nn.Conv3d(4, 2, 1), extractor, StreamFusion(0.0))
+    image = torch.rand(2, 1, 6, 6, 6)
+    before, features = bits(extractor), extractor(image)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.train()
+    for module in (extractor, *held(extractor).modules(), *model.modules()):
+        module.train()
+        module.train(True)
+    for _ in range(3):
+        model(image).square().mean().backward()
+        optimizer.step()
+    model.eval()
+    model.train()
+    assert bits(extractor) == before
+    assert not any(m.training for m in held(extractor).modules())
+    assert torch.equal(extractor(image), features)
+
+
+def test_its_weights_are_nobodys(extractor: FrozenExtractor) -> None:
+    model = DropGen(nn.Conv3d(4, 2, 1), extractor)
+    assert set(model.state_dict()) == {"network.weight", "network.bias"}
+    assert {n for n, _ in model.named_parameters()} == {"network.weight", "network.bias"}
+    assert not list(model.buffers())
+    model.requires_grad_(True)
+    extractor.requires_grad_(True)
+    assert not any(p.requires_grad for p in held(extractor).parameters())
+    image = torch.rand(1, 1, 4, 4, 4, requires_grad=True)
+    assert not extractor(image).requires_grad
+    model.load_state_dict(model.state_dict(), strict=True)
+
+
+def test_it_moves_with_its_parent(extractor: FrozenExtractor) -> None:
+    model = DropGen(nn.Conv3d(4, 2, 1), extractor).double()
+    assert all(v.dtype == torch.float64 for v in held(extractor).state_dict().values() if v.is_floating_point())
+    assert model.extractor(torch.rand(1, 1, 4, 4, 4).double()).dtype == torch.float64
+    model.to("meta")
+    assert next(held(extractor).parameters()).device.type == "meta"
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_are_frozen_and_apart(extractor: FrozenExtractor, duplicate: object) -> None:
+    other = duplicate(DropGen(nn.Conv3d(4, 2, 1), extractor)).extractor  # type: ignore[operator]
+    image = torch.rand(1, 1, 4, 4, 4)
+    assert torch.equal(other(image), extractor(image))
+    for module in held(other).modules():
+        module.train()
+    assert not any(m.training for m in held(other).modules())
+    with torch.no_grad():
+        next(held(other).parameters()).add_(1)
+    assert not torch.equal(other(image), extractor(image))
+
+
+def test_under_compile(extractor: FrozenExtractor) -> None:
+    model = DropGen(nn.Conv3d(4, 2, 1), extractor).eval()
+    image = torch.rand(1, 1, 4, 5, 6)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(image), model(image))
+
+
+def test_channels_go_through_one_by_one(extractor: FrozenExtractor) -> None:
+    image = torch.rand(2, 3, 4, 5, 6)
+    features = extractor(image)
+    assert features.shape == (2, 9, 4, 5, 6)
+    torch.testing.assert_close(features[:, 3:6], extractor(image[:, 1:2]))
+
+
+@pytest.mark.parametrize("size", [(8, 8, 8), (7, 9, 10)])
+def test_stride_lines_up_with_the_image(size: tuple[int, int, int]) -> None:
+    """A ramp, downsampled and interpolated back, is the ramp: away from the clamped edges, and to half a voxel at worst."""
+    extractor = FrozenExtractor(nn.Identity(), name="identity", channels=1, stride=2, sha256="")
+    for axis, n in enumerate(size):
+        ramp = torch.arange(n, dtype=torch.float32).reshape([n if a == axis else 1 for a in range(3)]).expand(size)
+        coarse = extractor(ramp[None, None])
+        assert coarse.shape[2:] == tuple(-(-s // 2) for s in size)
+        back = F.interpolate(coarse, size=size, mode="trilinear", align_corners=False)[0, 0]
+        inner = (back - ramp).narrow(axis, 1, n - 2).abs().max()
+        assert inner < (1e-5 if n % 2 == 0 else 0.51)
+
+
+def test_wrong_rank_is_told(extractor: FrozenExtractor) -> None:
+    with pytest.raises(ValueError, match=r"image must be \(N, Ci, D, H, W\)"):
+        extractor(torch.zeros(1, 4, 4, 4))
+
+
+@pytest.mark.parametrize(("name", "options", "message"), [
+    ("dino", {}, "no extractor 'dino'; there are mind, anatomix"),
+    ("mind", {"stride": 0}, "stride must be at least 1"),
+    ("mind", {"weights": Path("w.pth")}, "takes no weights"),
+    (f"{__name__}:nothing", {}, "must give a torch.nn.Module, got NoneType"),
+    (f"{__name__}:Absent", {}, "has no Absent"),
+    ("torch.nn:Flatten", {}, r"must give a tensor \(N, C, d, h, w\)"),
+])
+def test_extractors_that_cannot_be_had(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_extractor(name, **options)  # type: ignore[arg-type]
+
+
+def test_channels_of_a_module_that_does_not_tell() -> None:
+    assert load_extractor("torch.nn:Identity").channels == 1
+
+
+def test_identity_follows_the_weights(extractor: FrozenExtractor) -> None:
+    torch.manual_seed(1)
+    assert load_extractor(f"{__name__}:Tiny").identity() != extractor.identity()
+    torch.manual_seed(0)
+    assert load_extractor(f"{__name__}:Tiny").identity() == extractor.identity()
+
+
+# ---- MIND ------------------------------------------------------------------------------------------------------------
+
+
+def mind_in_loops(volume: Tensor, radius: int = 1, dilation: int = 1) -> Tensor:
+    """The definition, voxel by voxel, in float64."""
+    size = volume.shape
+    clamp = [lambda i, n=n: min(max(i, 0), n - 1) for n in size]
+
+    def at(index: tuple[int, ...], offset: tuple[int, ...]) -> float:
+        return float(volume[tuple(c(i + dilation * o) for c, i, o in zip(clamp, index, offset, strict=True))])
+
+    out = torch.zeros(len(PAIRS), *size, dtype=torch.float64)
+    box = list(itertools.product(range(-radius, radius + 1), repeat=3))
+    for k, (a, b) in enumerate(PAIRS):
+        squared = torch.zeros(size, dtype=torch.float64)
+        for index in itertools.product(*map(range, size)):
+            squared[index] = (at(index, a) - at(index, b)) ** 2
+        for index in itertools.product(*map(range, size)):
+            near = [squared[tuple(c(i + o) for c, i, o in zip(clamp, index, offset, strict=True))] for offset in box]
+            out[(k, *index)] = sum(near) / len(box)
+    out -= out.amin(0)
+    noise = out.mean(0)
+    noise = noise.clamp(noise.mean() * 1e-3, noise.mean() * 1e3) + 1e-9
+    return torch.exp(-out / noise)
+
+
+def test_pairs_are_the_twelve_edges() -> None:
+    assert len(set(NEIGHBOURS)) == 6
+    assert len(set(map(frozenset, PAIRS))) == 12
+    assert all(sum(abs(i - j) for i, j in zip(a, b, strict=True)) == 2 and sum(map(abs, a)) == 1 for a, b in PAIRS)
+
+
+@pytest.mark.parametrize(("radius", "dilation"), [(1, 1), (1, 2), (0, 1), (2, 1)])
+def test_mind_is_its_definition(radius: int, dilation: int) -> None:
+    torch.manual_seed(0)
+    volume = torch.rand(2, 1, 4, 5, 3)
+    wanted = torch.stack([mind_in_loops(v[0].double(), radius, dilation) for v in volume])
+    torch.testing.assert_close(MIND(radius, dilation)(volume).double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_mind_does_not_see_contrast() -> None:
+    torch.manual_seed(0)
+    mind = load_extractor("mind")
+    assert mind.channels == 12
+    image = torch.rand(1, 1, 12, 12, 12)
+    features = mind(image)
+    for other in (image * 0.4 + 0.3, 1 - image):
+        torch.testing.assert_close(mind(other), features, rtol=1e-3, atol=1e-3)
+    assert (mind(image.square()) - features).abs().max() > 0.05  # not everything is the same to it
+
+
+def test_mind_is_float32_under_autocast() -> None:
+    image = torch.rand(1, 1, 6, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(load_extractor("mind")(image), load_extractor("mind")(image))
+        assert load_extractor("mind")(image).dtype == torch.float32
+
+
+def test_mind_of_a_constant_volume_is_finite() -> None:
+    assert torch.equal(load_extractor("mind")(torch.full((1, 1, 4, 4, 4), 0.5)), torch.ones(1, 12, 4, 4, 4))
+
+
+# ---- anatomix --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with the published layout and random weights."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "anatomix.pth"
+    torch.save(UNet(1, 16, base_channels=16, downsamplings=4).state_dict(), path)
+    return path
+
+
+def test_anatomix_from_a_file(weights: Path) -> None:
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    extractor = load_extractor("anatomix", weights=weights, sha256=digest.upper())
+    assert extractor.identity() == {"name": "anatomix", "stride": 1, "sha256": digest}
+    image = torch.rand(1, 1, 32, 32, 32)
+    network = UNet(1, 16, base_channels=16, downsamplings=4)
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    with torch.no_grad():
+        assert torch.equal(extractor(image), network.eval()(image))
+    with pytest.raises(ValueError, match="multiples of 16"):
+        extractor(torch.rand(1, 1, 30, 32, 32))
+
+
+@pytest.mark.parametrize("form", ["safetensors", "compiled"])
+def test_other_forms_of_the_file(weights: Path, tmp_path: Path, form: str) -> None:
+    from safetensors.torch import save_file
+
+    state = torch.load(weights, weights_only=True)
+    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
+    if form == "safetensors":
+        save_file({k: v.contiguous() for k, v in state.items()}, path)
+    else:
+        torch.save({f"_orig_mod.{k}": v for k, v in state.items()}, path)
+    image = torch.rand(1, 1, 32, 32, 32)
+    assert torch.equal(load_extractor("anatomix", weights=path)(image), load_extractor("anatomix", weights=weights)(image))
+
+
+def test_damaged_weights(weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gone.pth do not exist"):
+        load_extractor("anatomix", weights=tmp_path / "gone.pth")
+    with pytest.raises(InputError, match="SHA-256 .* asked for is 00"):
+        load_extractor("anatomix", weights=weights, sha256="00")
+    cut = tmp_path / "cut.pth"
+    cut.write_bytes(weights.read_bytes()[:10000])
+    for suffix in (".pth", ".safetensors"):
+        with pytest.raises(InputError, match="cut.* damaged or no weights file"):
+            load_extractor("anatomix", weights=cut.rename(cut.with_suffix(suffix)))
+        cut = cut.with_suffix(suffix)
+    other = tmp_path / "other.pth"
+    torch.save(UNet(1, 16, base_channels=8, downsamplings=4).state_dict(), other)
+    with pytest.raises(InputError, match="other.pth are not those of anatomix"):
+        load_extractor("anatomix", weights=other)
+    torch.save({"model": {"a": 1}}, other)
+    with pytest.raises(InputError, match="must hold a plain state dict"):
+        load_extractor("anatomix", weights=other)
+
+
+def test_weights_from_the_hub(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real loading code with the Hub's answers replaced: the file is held against the hash that the Hub gives."""
+    import huggingface_hub
+
+    class Metadata:
+        etag = hashlib.sha256(weights.read_bytes()).hexdigest()
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name: str(weights))
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: Metadata)
+    assert load_extractor("anatomix").identity()["sha256"] == Metadata.etag
+    Metadata.etag = "0" * 64
+    with pytest.raises(InputError, match="the Hub's is 000"):
+        anatomix.load()
+
+
+def test_no_hub_names_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=r"cannot be reached.*download anatomix.pth.*--extractor-weights"):
+        load_extractor("anatomix")
