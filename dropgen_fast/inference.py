@@ -8,7 +8,7 @@ import torch
 from monai.inferers import sliding_window_inference
 from torch import Tensor
 
-from dropgen_fast.data import minmax
+from dropgen_fast.data.prepare import minmax
 from dropgen_fast.errors import InputError
 from dropgen_fast.model import DropGen
 

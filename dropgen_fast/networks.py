@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
-from torch.func import functional_call
 
 from dropgen_fast.errors import InputError
 
@@ -194,7 +194,7 @@ def _arguments(
         if name is None:
             raise InputError(f"network {path} has no argument {', '.join(spellings)}: wrap it in a function that has")
         if arguments.setdefault(name, value) != value:
-            raise InputError(f"network {path}: {name} follows from the data and is {value}, got {arguments[name]!r}; leave it out")
+            raise InputError(f"network {path}: {name} is {value} by the data, got {arguments[name]!r}: leave it out")
     if "spatial_dims" in accepted:
         arguments.setdefault("spatial_dims", 3)
     if "img_size" in accepted and accepted["img_size"].default is inspect.Parameter.empty:
@@ -232,14 +232,15 @@ def _try_patch(network: nn.Module, path: str, in_channels: int, patch: Sequence[
 def fake_forward(module: nn.Module, shape: Sequence[int]) -> object:
     """What a module gives for a float32 input of that shape, as torch's fake tensors: shapes without memory or arithmetic.
 
-    It runs in the mode that it is in, since some networks give more in training; its own tensors, running statistics among
-    them, are not touched.
+    A copy runs, in the mode that the module is in, since some networks give more in training. The copy has fake tensors from
+    the beginning. (`torch.func.functional_call`, which swaps tensors and puts them back, does not put all of them back in a
+    network that holds a module under two names, as MONAI's DynUNet does.)
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        device = next((value.device for value in own.values()), torch.device("cpu"))
-        fakes = {name: mode.from_tensor(value) for name, value in own.items()}
-        return functional_call(module, fakes, (torch.empty(tuple(shape), device=device),))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    own = [*module.parameters(), *module.buffers()]
+    duplicate = copy.deepcopy(module, {id(value): mode.from_tensor(value) for value in own})
+    with mode, torch.no_grad():
+        return duplicate(torch.empty(tuple(shape), device=own[0].device if own else torch.device("cpu")))
 
 
 def _one_line(error: BaseException) -> str:

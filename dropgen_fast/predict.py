@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from dropgen_fast import checkpoint
 from dropgen_fast.cli import run
-from dropgen_fast.data import prepare_image, read_images, save_like
+from dropgen_fast.data.cohort import read_images
+from dropgen_fast.data.geometry import save_like
+from dropgen_fast.data.prepare import prepare_image
 from dropgen_fast.errors import InputError
 from dropgen_fast.inference import choose_device, class_probabilities
 from dropgen_fast.model import DropGen, FusionConfig, ModelConfig, build_model

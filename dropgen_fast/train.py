@@ -19,7 +19,8 @@ from tqdm import tqdm
 from dropgen_fast import checkpoint
 from dropgen_fast.cli import run
 from dropgen_fast.config import load_preset
-from dropgen_fast.data import AugmentationConfig, Batch, Store, TrainingPipeline
+from dropgen_fast.data.pipeline import AugmentationConfig, Batch, TrainingPipeline
+from dropgen_fast.data.store import Store
 from dropgen_fast.errors import InputError
 from dropgen_fast.inference import autocast, choose_device, class_probabilities, dice_per_class
 from dropgen_fast.model import DropGen, ModelConfig, build_model

@@ -34,6 +34,25 @@ class Tiny(nn.Module):
         return out
 
 
+class Only128(nn.Module):
+    """An extractor for cubes of 128 voxels and no others, as ViTs can be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Conv3d(1, 5, 8, stride=8)
+        self.position = nn.Parameter(torch.zeros(5, 16, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tokens(x) + self.position
+
+
+class Deaf(nn.Module):
+    """An extractor that takes nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("no")
+
+
 def nothing() -> None:
     """A factory that gives no module."""
 
@@ -108,8 +127,10 @@ def test_copies_are_frozen_and_apart(extractor: FrozenExtractor, duplicate: obje
     assert not torch.equal(other(image), extractor(image))
 
 
-def test_under_compile(extractor: FrozenExtractor) -> None:
-    model = DropGen(nn.Conv3d(4, 2, 1), extractor).eval()
+@pytest.mark.parametrize(("name", "stride"), [(f"{__name__}:Tiny", 1), (f"{__name__}:Tiny", 2), ("mind", 1)])
+def test_under_compile(name: str, stride: int) -> None:
+    extractor = load_extractor(name, stride=stride)
+    model = DropGen(nn.Conv3d(1 + extractor.channels, 2, 1), extractor).eval()
     image = torch.rand(1, 1, 4, 5, 6)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(image), model(image))
 
@@ -121,17 +142,37 @@ def test_channels_go_through_one_by_one(extractor: FrozenExtractor) -> None:
     torch.testing.assert_close(features[:, 3:6], extractor(image[:, 1:2]))
 
 
-@pytest.mark.parametrize("size", [(8, 8, 8), (7, 9, 10)])
-def test_stride_lines_up_with_the_image(size: tuple[int, int, int]) -> None:
-    """A ramp, downsampled and interpolated back, is the ramp: away from the clamped edges, and to half a voxel at worst."""
-    extractor = FrozenExtractor(nn.Identity(), name="identity", channels=1, stride=2, sha256="")
+@pytest.mark.parametrize("stride", [2, 3, 4])
+@pytest.mark.parametrize("size", [(24, 24, 36), (23, 25, 26)])
+def test_stride_lines_up_with_the_image(size: tuple[int, int, int], stride: int) -> None:
+    """A ramp, downsampled and interpolated back, is the ramp, away from the clamped edges; for sizes of any kind."""
+    extractor = FrozenExtractor(nn.Identity(), name="identity", channels=1, stride=stride, sha256="")
     for axis, n in enumerate(size):
         ramp = torch.arange(n, dtype=torch.float32).reshape([n if a == axis else 1 for a in range(3)]).expand(size)
         coarse = extractor(ramp[None, None])
-        assert coarse.shape[2:] == tuple(-(-s // 2) for s in size)
+        assert coarse.shape[2:] == tuple(-(-s // stride) for s in size)
         back = F.interpolate(coarse, size=size, mode="trilinear", align_corners=False)[0, 0]
-        inner = (back - ramp).narrow(axis, 1, n - 2).abs().max()
-        assert inner < (1e-5 if n % 2 == 0 else 0.51)
+        assert (back - ramp).narrow(axis, 2 * stride, n - 4 * stride).abs().max() < 1e-4
+
+
+def test_stride_does_not_alias() -> None:
+    """A pattern finer than the coarse grid averages out; a sample of two voxels in four would see it."""
+    extractor = FrozenExtractor(nn.Identity(), name="identity", channels=1, stride=4, sha256="")
+    wave = torch.tensor([0.0, 1.0, 1.0, 0.0]).repeat(4).reshape(1, 1, 16, 1, 1).expand(1, 1, 16, 8, 8)
+    torch.testing.assert_close(extractor(wave), torch.full((1, 1, 4, 2, 2), 0.5))
+
+
+def test_check_patch_knows_the_stride() -> None:
+    extractor = FrozenExtractor(UNet(1, 2, base_channels=2, downsamplings=2), name="tiny", channels=2, stride=3, sha256="")
+    for patch in ((24, 36, 24), (22, 23, 24)):  # a coarse grid of 8 voxels comes from 22 to 24
+        extractor.check_patch(patch)
+        assert extractor(torch.rand(1, 1, *patch)).shape[2:] == tuple(-(-n // 3) for n in patch)
+    for patch in ((24, 21, 24), (12, 24, 24)):
+        with pytest.raises(InputError, match=r"extractor tiny at stride 3: sizes must be multiples of 12, .*\(24, 24, 24\)"):
+            extractor.check_patch(patch)
+        with pytest.raises(ValueError, match="extractor tiny at stride 3"):
+            extractor(torch.rand(1, 1, *patch))
+    load_extractor("mind", stride=2).check_patch((5, 7, 9))
 
 
 def test_wrong_rank_is_told(extractor: FrozenExtractor) -> None:
@@ -145,6 +186,8 @@ def test_wrong_rank_is_told(extractor: FrozenExtractor) -> None:
     ("mind", {"weights": Path("w.pth")}, "takes no weights"),
     (f"{__name__}:nothing", {}, "must give a torch.nn.Module, got NoneType"),
     (f"{__name__}:Absent", {}, "has no Absent"),
+    ("torch.nn:Conv3d", {}, "cannot be made: .*missing"),
+    (f"{__name__}:Deaf", {}, "takes no cube of 64, 32, 96, 128 voxels .* attribute `channels`"),
     ("torch.nn:Flatten", {}, r"must give a tensor \(N, C, d, h, w\)"),
 ])
 def test_extractors_that_cannot_be_had(name: str, options: dict[str, object], message: str) -> None:
@@ -154,6 +197,7 @@ def test_extractors_that_cannot_be_had(name: str, options: dict[str, object], me
 
 def test_channels_of_a_module_that_does_not_tell() -> None:
     assert load_extractor("torch.nn:Identity").channels == 1
+    assert load_extractor(f"{__name__}:Only128").channels == 5
 
 
 def test_identity_follows_the_weights(extractor: FrozenExtractor) -> None:
@@ -201,6 +245,17 @@ def test_mind_is_its_definition(radius: int, dilation: int) -> None:
     volume = torch.rand(2, 1, 4, 5, 3)
     wanted = torch.stack([mind_in_loops(v[0].double(), radius, dilation) for v in volume])
     torch.testing.assert_close(MIND(radius, dilation)(volume).double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_mind_holds_the_variance_in_quiet_regions() -> None:
+    """Where noise is 10,000 times weaker than elsewhere the lower limit decides: without it, it would look like structure."""
+    torch.manual_seed(0)
+    volume = torch.rand(1, 1, 3, 12, 3)
+    volume[:, :, :, :7] *= 0.01
+    features = MIND()(volume)
+    torch.testing.assert_close(features[0].double(), mind_in_loops(volume[0, 0].double()), rtol=1e-4, atol=1e-5)
+    assert features[:, :, :, :4].min() > 0.5
+    assert features[:, :, :, 9:].min() < 0.2
 
 
 def test_mind_does_not_see_contrast() -> None:
@@ -267,17 +322,22 @@ def test_other_forms_of_the_file(weights: Path, tmp_path: Path, form: str) -> No
 def test_damaged_weights(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gone.pth do not exist"):
         load_extractor("anatomix", weights=tmp_path / "gone.pth")
-    with pytest.raises(InputError, match="SHA-256 .* asked for is 00"):
+    with pytest.raises(InputError, match=r"SHA-256 .* asked for is 00"):
         load_extractor("anatomix", weights=weights, sha256="00")
     cut = tmp_path / "cut.pth"
     cut.write_bytes(weights.read_bytes()[:10000])
     for suffix in (".pth", ".safetensors"):
-        with pytest.raises(InputError, match="cut.* damaged or no weights file"):
+        with pytest.raises(InputError, match=r"cut.* damaged or no weights file"):
             load_extractor("anatomix", weights=cut.rename(cut.with_suffix(suffix)))
         cut = cut.with_suffix(suffix)
     other = tmp_path / "other.pth"
     torch.save(UNet(1, 16, base_channels=8, downsamplings=4).state_dict(), other)
-    with pytest.raises(InputError, match="other.pth are not those of anatomix"):
+    with pytest.raises(InputError, match=r"other.pth are not those of anatomix"):
+        load_extractor("anatomix", weights=other)
+    state = torch.load(weights, weights_only=True)
+    state["model.4.running_var"][3] = float("nan")
+    torch.save(state, other)
+    with pytest.raises(InputError, match=r"other.pth hold values that are not finite"):
         load_extractor("anatomix", weights=other)
     torch.save({"model": {"a": 1}}, other)
     with pytest.raises(InputError, match="must hold a plain state dict"):
@@ -297,6 +357,29 @@ def test_weights_from_the_hub(weights: Path, monkeypatch: pytest.MonkeyPatch) ->
     Metadata.etag = "0" * 64
     with pytest.raises(InputError, match="the Hub's is 000"):
         anatomix.load()
+    Metadata.etag = "0" * 40
+    with pytest.raises(InputError, match=r"publishes no SHA-256 .*--extractor-weights"):
+        anatomix.load()
+
+
+def test_a_cached_file_serves_without_the_hub(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache as the Hub's client lays it out: a link to a file that is called by the hash; damage is seen there too."""
+    import huggingface_hub.constants
+
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    repository = tmp_path / "models--neeldey--anatomix"
+    blob, snapshot = repository / "blobs" / digest, repository / "snapshots" / ("a" * 40)
+    for folder in (blob.parent, snapshot, repository / "refs"):
+        folder.mkdir(parents=True)
+    blob.write_bytes(weights.read_bytes())
+    (snapshot / "anatomix.pth").symlink_to(blob)
+    (repository / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert load_extractor("anatomix").identity()["sha256"] == digest
+    blob.write_bytes(weights.read_bytes() + b"0")
+    with pytest.raises(InputError, match="the Hub's is"):
+        load_extractor("anatomix")
 
 
 def test_no_hub_names_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import tyro
 import yaml
 from nifti_factory import write_cohort
 from torch import nn
@@ -36,6 +37,11 @@ RECIPE = ["--patch", "16", "16", "16", "--batch-size", "2", "--network-options",
 def command(module: Any, arguments: Sequence[object]) -> int:
     """Run a command as the command line does."""
     return run(module.__name__.rpartition(".")[2], module.main, [str(a) for a in arguments])
+
+
+def configuration(store: Path, out: Path, *arguments: object) -> train.TrainConfig:
+    """What the command line would make of these arguments."""
+    return tyro.cli(train.TrainConfig, args=["--store", str(store), "--out", str(out), *RECIPE, *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +101,7 @@ def test_stopped_and_resumed_is_the_same_run(trained: Path, store: Path, tmp_pat
     """Killed after step 10's checkpoint, with later steps already in the record: every loss and every weight is the same."""
     whole = trained
     out = tmp_path / "cut"
-    config = train.tyro.cli(train.TrainConfig, args=["--store", str(store), "--out", str(out), "--steps", "20",
-                                                     "--fusion.p", "0.5", *RECIPE])
-    trainer = train.Trainer(config)
+    trainer = train.Trainer(configuration(store, out, "--steps", 20, "--fusion.p", 0.5))
     step = trainer.train_step
 
     def killed(batch: Any) -> torch.Tensor:
@@ -154,9 +158,8 @@ def normalizing_extractor() -> nn.Module:
 
 
 def test_extractor_is_the_same_after_training_and_validation(store: Path, tmp_path: Path) -> None:
-    config = train.tyro.cli(train.TrainConfig, args=["--store", str(store), "--out", str(tmp_path / "run"), "--steps", "4",
-                                                     *RECIPE, "--validate-every", "2", "--extractor", f"{__name__}:normalizing_extractor"])
-    trainer = train.Trainer(config)
+    trainer = train.Trainer(configuration(store, tmp_path / "run", "--steps", 4, "--validate-every", 2,
+                                          "--extractor", f"{__name__}:normalizing_extractor"))
     image = torch.rand(1, 1, 8, 8, 8)
     before = trainer.model.extractor(image)
     trainer.fit()
@@ -371,9 +374,7 @@ def test_sliding_window_is_the_network_where_one_window_covers_all() -> None:
 
 
 def test_learning_rate_warms_up_and_falls_to_zero(store: Path, tmp_path: Path) -> None:
-    config = train.tyro.cli(train.TrainConfig, args=["--store", str(store), "--out", str(tmp_path / "r"), "--steps", "100",
-                                                     "--warmup-steps", "10", *RECIPE])
-    trainer = train.Trainer(config)
+    trainer = train.Trainer(configuration(store, tmp_path / "r", "--steps", 100, "--warmup-steps", 10))
     rates = [trainer._rate(step) for step in range(101)]
     assert rates[0] == pytest.approx(1 / 11)
     assert rates[10] == 1.0
@@ -383,8 +384,7 @@ def test_learning_rate_warms_up_and_falls_to_zero(store: Path, tmp_path: Path) -
 
 
 def test_preset_turns_mirroring_off(store: Path, tmp_path: Path) -> None:
-    config = train.tyro.cli(train.TrainConfig, args=["--store", str(store), "--out", str(tmp_path / "r"),
-                                                     "--preset", "amos", *RECIPE])
+    config = configuration(store, tmp_path / "r", "--preset", "amos")
     assert train.Trainer(config).config.augmentation.mirror is False
     config = dataclasses.replace(config, out=tmp_path / "s", preset="brats")
     assert train.Trainer(config).config.augmentation.mirror is True

@@ -199,8 +199,8 @@ def _training_graph() -> Any:
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("nvidia"):
             raise
-        raise InputError("NVIDIA DALI is not installed: install dropgen-fast with the extra cuda13 or cuda12 "
-                         "(both also serve machines without a GPU), e.g. pip install 'dropgen-fast[cuda13]'") from error
+        raise InputError("NVIDIA DALI is not installed: install one of the extras cpu, cuda13 and cuda12, "
+                         "for example pip install 'dropgen_fast[cpu]'") from error
     return training_graph
 
 

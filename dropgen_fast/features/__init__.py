@@ -19,7 +19,9 @@ NAMES = ("mind", "anatomix")
 PROBED_SIDES = (64, 32, 96, 128)  # voxels; 128 is what ViTs often want and nothing else
 
 
-def load_extractor(name: str, *, stride: int = 1, weights: str | Path | None = None, sha256: str | None = None) -> FrozenExtractor:
+def load_extractor(
+    name: str, *, stride: int = 1, weights: str | Path | None = None, sha256: str | None = None,
+) -> FrozenExtractor:
     """A frozen extractor by name: (N, Ci, D, H, W) in [0, 1] → (N, Ci · channels, d, h, w).
 
     Args:
