@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -239,8 +241,19 @@ def fake_forward(module: nn.Module, shape: Sequence[int]) -> object:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     own = [*module.parameters(), *module.buffers()]
     duplicate = copy.deepcopy(module, {id(value): mode.from_tensor(value) for value in own})
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), _silence("torch._subclasses.fake_tensor"):
         return duplicate(torch.empty(tuple(shape), device=own[0].device if own else torch.device("cpu")))
+
+
+@contextlib.contextmanager
+def _silence(logger: str) -> Iterator[None]:
+    """Keep a logger quiet: torch logs a page of traceback for each failure, which the one line of an `InputError` replaces."""
+    log = logging.getLogger(logger)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _one_line(error: BaseException) -> str:
