@@ -48,24 +48,12 @@ def class_probabilities(
     model.eval()
     try:
         scores = sliding_window_inference(
-            volume, patch, windows_per_batch, lambda windows: window_probabilities(model, windows),
+            volume, patch, windows_per_batch, lambda windows: model(windows).float().softmax(1),
             overlap=overlap, mode="gaussian")
     finally:
         model.train(training)
     assert isinstance(scores, Tensor)
     return scores[0]
-
-
-def window_probabilities(model: DropGen, windows: Tensor) -> Tensor:
-    """Softmax of the class scores of windows (N, Ci, D, H, W), in float32."""
-    with autocast(model, windows.device):
-        scores = model(windows)
-    return scores.float().softmax(1)
-
-
-def autocast(model: DropGen, device: torch.device) -> torch.autocast:
-    """bfloat16 autocast where the fusion hands the network bfloat16, else none."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=model.fusion.dtype == torch.bfloat16)
 
 
 def dice_per_class(prediction: Tensor, label: Tensor, classes: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,8 +48,13 @@ class DropGen(nn.Module):
         return fused
 
     def forward(self, image: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Class scores (N, classes, D, H, W) of an image (N, Ci, D, H, W) in [0, 1]; `keep` fixes the draw."""
-        scores: Tensor = self.network(self.fused(image, keep))
+        """Class scores (N, classes, D, H, W) of an image (N, Ci, D, H, W) in [0, 1]; `keep` fixes the draw.
+
+        A fusion that gives bfloat16 runs the network under bfloat16 autocast, whose weights stay float32.
+        """
+        half = self.fusion.dtype == torch.bfloat16
+        with torch.autocast(image.device.type, torch.bfloat16) if half else contextlib.nullcontext():
+            scores: Tensor = self.network(self.fused(image, keep))
         return scores
 
 

@@ -22,7 +22,7 @@ from dropgen_fast.config import load_preset
 from dropgen_fast.data.pipeline import AugmentationConfig, Batch, TrainingPipeline
 from dropgen_fast.data.store import Store
 from dropgen_fast.errors import InputError
-from dropgen_fast.inference import autocast, choose_device, class_probabilities, dice_per_class
+from dropgen_fast.inference import choose_device, class_probabilities, dice_per_class
 from dropgen_fast.model import DropGen, ModelConfig, build_model
 from dropgen_fast.run import RunFolder, plain
 
@@ -145,9 +145,7 @@ class Trainer:
         """One optimizer step; the loss, still on its device."""
         image = batch.image.to(self.device, non_blocking=True)
         label = batch.label.to(self.device, non_blocking=True)
-        with autocast(self.model, self.device):
-            scores = self.model(image)
-        loss: torch.Tensor = self.loss(scores.float(), label)
+        loss: torch.Tensor = self.loss(self.model(image).float(), label)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
