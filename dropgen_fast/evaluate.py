@@ -22,10 +22,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import statistics
 import sys
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +44,7 @@ from dropgen_fast.data.cohort import class_names
 from dropgen_fast.data.geometry import Grid, largest_offset_mm, load_volume
 from dropgen_fast.data.prepare import MAX_OFFSET_VOXELS, WHOLE
 from dropgen_fast.errors import InputError
+from dropgen_fast.files import write_atomically
 
 PER_CASE = "per_case.csv"
 SUMMARY = "summary.json"
@@ -241,21 +240,6 @@ def read_scores(path: Path) -> list[Score]:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{path} is no {PER_CASE} of evaluate: columns {', '.join(COLUMNS)} wanted") from error
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader finds the old one or the new one, never a part of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            os.fchmod(file.fileno(), 0o644)  # mkstemp's files are their owner's alone
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _volumes(folder: Path) -> dict[str, Path]:

@@ -19,6 +19,7 @@ from dropgen_fast.data.cohort import read_images
 from dropgen_fast.data.geometry import save_like
 from dropgen_fast.data.prepare import prepare_image
 from dropgen_fast.errors import InputError
+from dropgen_fast.files import write_atomically
 from dropgen_fast.inference import choose_device, class_probabilities
 from dropgen_fast.model import DropGen, FusionConfig, ModelConfig, build_model
 from dropgen_fast.train import check_extractor
@@ -103,7 +104,7 @@ def predict_all(config: PredictConfig) -> dict[str, str]:
     predictor = Predictor(path, choose_device(config.device), config.extractor_weights)
     _claim(config.out, {"run": str(config.run.resolve()), "checkpoint": config.checkpoint, "step": predictor.step,
                         "images": str(config.images.resolve())}, config.overwrite)
-    (config.out / "dataset.json").write_text(json.dumps(
+    write_atomically(config.out / "dataset.json", json.dumps(
         {"labels": {name: value for value, name in enumerate(predictor.task["classes"])}}, indent=1))
     failed = {entry.id: entry.reason for entry in cohort.left_out}
     for case in tqdm(cohort.cases, desc="predict", unit="case", disable=None):
@@ -134,7 +135,7 @@ def _claim(out: Path, manifest: dict[str, Any], overwrite: bool) -> None:
     elif out.exists() and any(out.iterdir()):
         raise InputError(f"--out {out} holds files that are no predictions of ours; give an empty or a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    held.write_text(json.dumps(manifest, indent=1))
+    write_atomically(held, json.dumps(manifest, indent=1))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from dropgen_fast.errors import InputError
+from dropgen_fast.files import write_atomically
 
 
 class RunFolder:
@@ -45,17 +45,13 @@ class RunFolder:
             raise InputError(f"--out {path} holds files that are no run; give an empty or a new folder")
         path.mkdir(parents=True, exist_ok=True)
         if not config.exists():
-            temporary = config.with_suffix(".tmp")
-            temporary.write_text(yaml.safe_dump(settings, sort_keys=False))
-            os.replace(temporary, config)
+            write_atomically(config, yaml.safe_dump(settings, sort_keys=False))
         self._writer: SummaryWriter | None = None
 
     def start(self, step: int) -> None:
         """Begin to record after `step` steps; what an interrupted run recorded later than that is taken out."""
         kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
-        temporary = self._metrics.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, self._metrics)
+        write_atomically(self._metrics, "".join(line + "\n" for line in kept))
         self._writer = SummaryWriter(str(self.path), purge_step=step + 1)
 
     def record(self, step: int, **values: Any) -> None:

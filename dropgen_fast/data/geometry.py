@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import functools
 import gzip
-import os
-import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 
 from dropgen_fast.errors import InputError
+from dropgen_fast.files import write_atomically
 
 Triple = tuple[float, float, float]
 Shape = tuple[int, int, int]
@@ -277,20 +276,9 @@ def save_like(original: Path, labels: npt.NDArray[Any], path: Path) -> None:
     ending = ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
     if ending not in (".nii", ".nii.gz"):
         raise InputError(f"{path} must end in .nii or .nii.gz")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=ending, dir=path.parent)
-    os.close(handle)
+    content = result.to_bytes()
     try:
-        nib.save(result, temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, gzip.compress(content, compresslevel=1) if ending == ".nii.gz" else content)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {_one_line(error)}") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from dropgen_fast.data.cohort import SPLITS
 from dropgen_fast.errors import InputError
+from dropgen_fast.files import write_atomically
 
 FORMAT_VERSION = 1
 KIND = "dropgen_fast store"
@@ -190,11 +191,7 @@ def read_index(path: Path) -> StoreIndex:
 def write_index(path: Path, index: StoreIndex) -> None:
     """Write store.json in one step: readers see the old one or the new one."""
     content = {"kind": KIND, "format_version": FORMAT_VERSION, **dataclasses.asdict(index)}
-    temporary = path / f".{INDEX}.{os.getpid()}"
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=1)
-        _flush(file)
-    os.replace(temporary, path / INDEX)
+    write_atomically(path / INDEX, json.dumps(content, indent=1))
 
 
 def open_case(store: Path, split: str, case_id: str, entry: Entry, *, dtype: str) -> StoredCase:

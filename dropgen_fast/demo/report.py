@@ -21,7 +21,8 @@ from matplotlib.patches import Patch
 
 from dropgen_fast.demo.cohort import CLASSES, DOMAINS, SOURCE, case_name
 from dropgen_fast.demo.results import METHODS, load_scores, of_domain, sentence
-from dropgen_fast.evaluate import Score, mean_foreground_dice, write_atomically
+from dropgen_fast.evaluate import Score, mean_foreground_dice
+from dropgen_fast.files import write_atomically
 
 # Okabe and Ito's colours, told apart with every common kind of colour vision.
 TISSUE_COLOURS = {1: "#56B4E9", 2: "#E69F00", 3: "#009E73"}

@@ -26,7 +26,7 @@ from dropgen_fast.demo.cohort import SPACING_MM, CohortConfig, write_cohort
 from dropgen_fast.demo.report import write_report
 from dropgen_fast.demo.results import METHODS, collect, environment, load_scores, sentence, table, variant_name
 from dropgen_fast.errors import InputError
-from dropgen_fast.evaluate import write_atomically
+from dropgen_fast.files import write_atomically
 
 STATE = "demo.json"
 FOLDERS = ("cohort", "store", *METHODS)
