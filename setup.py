@@ -34,7 +34,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "native"
         build.mkdir(parents=True, exist_ok=True)
-        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
+        # Afresh each time: what an earlier attempt cached, a compiler that was not there, must not outlive its cause.
+        configure = ["cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
                      f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}"]
         for command in (configure, ["cmake", "--build", str(build), "--parallel"]):
             try:
@@ -42,11 +43,19 @@ class CMakeBuild(build_ext):
             except FileNotFoundError:
                 sys.exit("dropgen_fast: building the native library needs CMake, and none was found: " + WAY_OUT)
             if done.returncode:
-                log = build / "build.log"
-                log.write_text(done.stdout + done.stderr)
-                lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-                first = next((line for line in lines if "rror" in line), lines[-1] if lines else "no output")
-                sys.exit(f"dropgen_fast: the native library did not build ({first.strip()}; whole log: {log}): " + WAY_OUT)
+                print(done.stdout + done.stderr, file=sys.stderr)
+                sys.exit(f"dropgen_fast: the native library did not build ({cause(done.stdout + done.stderr)}): " + WAY_OUT)
+
+
+def cause(log: str) -> str:
+    """The line of a log of CMake or a compiler that says what went wrong."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if line.startswith("CMake Error"):
+            return following or line
+        if "error:" in line:
+            return line
+    return lines[-1] if lines else "no output"
 
 
 WAY_OUT = "install a C++17 compiler, or set DROPGEN_FAST_NO_NATIVE=1 to install without the native CPU backend"

@@ -38,7 +38,8 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"checkpoint {path} does not exist") from error
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise InputError(f"checkpoint {path} is damaged or not a checkpoint: {str(error).splitlines()[0]}") from error
+        raise InputError(f"checkpoint {path} is damaged or not a checkpoint "
+                         f"({type(error).__name__}); give another, or train again") from error
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:
         raise InputError(f"checkpoint {path} has version {version}, this program reads version {VERSION}")
@@ -53,5 +54,5 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: dict[str, Any]) -> None:
     """Put torch's generators where `rng_state` found them."""
     torch.set_rng_state(state["cpu"])
-    if state["cuda"] and torch.cuda.is_available():
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):  # else: resumed elsewhere, on another number of GPUs
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -7,6 +7,7 @@ one line and ends with status 2; anything else is a defect of ours and keeps its
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -22,11 +23,15 @@ COMMANDS = {
 
 
 def run(command: str, main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Call a command's `main` and turn an `InputError` into one line on standard error and exit status 2."""
+    """Call a command's `main`; an `InputError`, or a file or disk that refuses, is one line on standard error and status 2."""
     try:
         return main(argv)
     except InputError as error:
         print(f"dropgen-fast {command}: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"dropgen-fast {command}: error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"dropgen-fast {command}: interrupted", file=sys.stderr)
@@ -46,4 +51,5 @@ def main() -> int:
     if name not in COMMANDS:
         print(f"dropgen-fast: error: no command {name!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a network or extractor of the user's is found
     return run(name, importlib.import_module(f"dropgen_fast.{name}").main, rest)

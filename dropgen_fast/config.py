@@ -48,7 +48,10 @@ def load_preset(name: str | None) -> Preset:
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
             raise InputError(f"preset file {name} does not exist")
-        text = Path(name).read_text()
+        try:
+            text = Path(name).read_text()
+        except UnicodeDecodeError as error:
+            raise InputError(f"preset file {name} is no text file") from error
     elif name in preset_names():
         text = (resources.files("dropgen_fast.presets") / f"{name}.yaml").read_text()
     else:

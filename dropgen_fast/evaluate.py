@@ -391,6 +391,7 @@ def main(argv: Sequence[str]) -> int:
     """The command; 0 when every label was scored, 1 when a prediction was missing or could not be compared."""
     config = tyro.cli(EvaluateConfig, args=list(argv), prog="dropgen-fast evaluate")
     _check_out(config)
+    config.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is told before the work, not after
     evaluation = evaluate(config.predictions, config.labels, resolve_classes(config.classes, config.labels))
     _write(evaluation, config)
     print(evaluation.table())

@@ -34,7 +34,7 @@ class StreamFusion(nn.Module):
         self.feature_norm = feature_norm
         self.eps = eps
         self.dtype = dtype
-        self.memory_format = memory_format
+        self.channels_last = memory_format == torch.channels_last_3d  # torch.save cannot pickle a memory_format
         self.channel_multiple = channel_multiple
         self.backend = backend
 
@@ -42,7 +42,8 @@ class StreamFusion(nn.Module):
         """Image (N, Ci, D, H, W) and features (N, Cf, d, h, w) to the network's input (N, C, D, H, W)."""
         return fuse_streams(
             image, features, p=self.p, training=self.training, mode=self.mode, keep=keep, image_norm=self.image_norm,
-            feature_norm=self.feature_norm, eps=self.eps, dtype=self.dtype, memory_format=self.memory_format,
+            feature_norm=self.feature_norm, eps=self.eps, dtype=self.dtype,
+            memory_format=torch.channels_last_3d if self.channels_last else torch.contiguous_format,
             channel_multiple=self.channel_multiple, backend=self.backend,
         )
 

@@ -27,8 +27,9 @@ def choose_device(name: str) -> torch.device:
         raise InputError(f"device must be auto, cpu, cuda or cuda:<n>, got {name!r}") from error
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device must be auto, cpu, cuda or cuda:<n>, got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name!r} cannot be had: torch sees no GPU here")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InputError(f"device {name!r} cannot be had: torch sees {count or 'no'} GPU{'s' if count > 1 else ''} here")
     return device
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +121,10 @@ def build_model(config: ModelConfig, *, image_channels: int, classes: int, patch
     return model
 
 
+EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+"""1e-5 and the like, which YAML 1.1 takes for a string."""
+
+
 def network_options(options: tuple[str, ...]) -> Mapping[str, Any]:
     """``("base_channels=8", "strides=[1, 2]")`` as keyword arguments; values are read as YAML."""
     result = {}
@@ -128,7 +133,7 @@ def network_options(options: tuple[str, ...]) -> Mapping[str, Any]:
         if not equals or not name.isidentifier():
             raise InputError(f"network_options are name=value, got {option!r}")
         try:
-            result[name] = yaml.safe_load(value)
+            result[name] = float(value) if EXPONENT.fullmatch(value) else yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise InputError(f"network_options: {option!r} is not readable: {' '.join(str(error).split())}") from error
     return result

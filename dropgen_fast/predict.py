@@ -86,6 +86,8 @@ class Predictor:
         prepared = prepare_image(images, self.task["spacing_mm"], self.task["intensity_window"])
         probabilities = class_probabilities(self.model, prepared.array, self.patch, overlap=overlap,
                                             windows_per_batch=windows_per_batch)
+        if not probabilities.isfinite().all():
+            raise InputError(f"{images[0]}: the network's scores are not finite; the run has diverged")
         save_like(images[0], prepared.grid_map.classes_back(probabilities.cpu().numpy()), out)
 
 
@@ -103,16 +105,17 @@ def predict_all(config: PredictConfig) -> dict[str, str]:
     path = config.run / f"{config.checkpoint}.pt"
     predictor = Predictor(path, choose_device(config.device), config.extractor_weights)
     _claim(config.out, {"run": str(config.run.resolve()), "checkpoint": config.checkpoint, "step": predictor.step,
-                        "images": str(config.images.resolve())}, config.overwrite)
+                        "images": str(config.images.resolve()), "cases": [case.id for case in cohort.cases]}, config.overwrite)
     write_atomically(config.out / "dataset.json", json.dumps(
         {"labels": {name: value for value, name in enumerate(predictor.task["classes"])}}, indent=1))
     failed = {entry.id: entry.reason for entry in cohort.left_out}
     for case in tqdm(cohort.cases, desc="predict", unit="case", disable=None):
+        out = config.out / f"{case.id}.nii.gz"
         try:
-            predictor.predict(case.images, config.out / f"{case.id}.nii.gz", overlap=config.overlap,
-                              windows_per_batch=config.windows_per_batch)
-        except InputError as error:
-            failed[case.id] = str(error)
+            predictor.predict(case.images, out, overlap=config.overlap, windows_per_batch=config.windows_per_batch)
+        except (InputError, RuntimeError, MemoryError) as error:  # a case too large for the memory does not stop the others
+            failed[case.id] = " ".join(str(error).split()) or type(error).__name__
+            out.unlink(missing_ok=True)  # an earlier map of this case is not this run's
     total = len(cohort.cases) + len(cohort.left_out)
     print(f"{total - len(failed)} of {total} cases predicted into {config.out}")
     for case_id, reason in failed.items():
@@ -127,11 +130,14 @@ def _claim(out: Path, manifest: dict[str, Any], overwrite: bool) -> None:
         raise InputError(f"--out {out} is a file; name a folder")
     if held.exists():
         try:
-            same = json.loads(held.read_text()) == manifest
-        except ValueError:
-            same = False
-        if not same and not overwrite:
-            raise InputError(f"--out {out} holds the predictions of another run; give another folder, or --overwrite")
+            before = dict(json.loads(held.read_text()))
+        except (ValueError, TypeError):
+            before = {}
+        if before != manifest:
+            if not overwrite:
+                raise InputError(f"--out {out} holds the predictions of another run; give another folder, or --overwrite")
+            for case_id in before.get("cases", []):  # maps of two models side by side would be scored as one
+                (out / f"{case_id}.nii.gz").unlink(missing_ok=True)
     elif out.exists() and any(out.iterdir()):
         raise InputError(f"--out {out} holds files that are no predictions of ours; give an empty or a new folder")
     out.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from typing import Literal
 import tyro
 
 from dropgen_fast.cli import run
-from dropgen_fast.config import Preset, load_preset
+from dropgen_fast.config import Preset, load_preset, preset_names
 from dropgen_fast.data.cohort import Cohort, read_cohort, split_off_validation
 from dropgen_fast.data.prepare import Report, Settings, cohort_spacing_mm, prepare_cohort, unreferenced
 from dropgen_fast.errors import InputError
@@ -75,7 +75,9 @@ def prepare(config: PrepareConfig) -> Report:
     classes, warnings = _classes(config, preset, cohort)
     settings = Settings(config.spacing_mm or preset.spacing_mm or cohort_spacing_mm(cohort),
                         config.intensity_window or preset.intensity_window, config.dtype)
-    report = prepare_cohort(cohort, config.store, settings, classes=classes, preset=config.preset, workers=config.workers,
+    # A preset of the user's own is found again from any folder.
+    named = config.preset if config.preset is None or config.preset in preset_names() else str(Path(config.preset).resolve())
+    report = prepare_cohort(cohort, config.store, settings, classes=classes, preset=named, workers=config.workers,
                             strict=config.strict, prune=config.prune)
     report.warnings[:0] = warnings
     return report
@@ -85,6 +87,8 @@ def _classes(config: PrepareConfig, preset: Preset, cohort: Cohort) -> tuple[tup
     """The class names to use, and warnings where two sources of them differ in name only."""
     if config.classes is not None and len(config.classes) < 2:
         raise InputError(f"classes must be at least two names, background first, got {config.classes}")
+    if config.classes is not None and len(set(config.classes)) < len(config.classes):
+        raise InputError(f"classes must each have a name of their own, got {config.classes}")
     named = [(where, names) for where, names in (("--classes", config.classes), ("dataset.json", cohort.classes),
                                                  (f"preset {config.preset}", preset.classes)) if names is not None]
     warnings = []

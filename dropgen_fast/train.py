@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,12 +77,18 @@ class TrainConfig:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise InputError(f"learning_rate must be positive, got {self.learning_rate}")
-        if self.weight_decay < 0:
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise InputError(f"weight_decay must not be negative, got {self.weight_decay}")
         if not 0 <= self.warmup_steps < self.steps:
             raise InputError(f"warmup_steps must be at least 0 and less than steps = {self.steps}, got {self.warmup_steps}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed}")
         if not 0 <= self.foreground_fraction <= 1:
             raise InputError(f"foreground_fraction must be in [0, 1], got {self.foreground_fraction}")
+
+
+FREE = ("store", "preset", "device", "log_every", "loader_threads")
+"""Settings that a resumed run may change: the store is known by its content, and these decide no number but by rounding."""
 
 
 class Trainer:
@@ -114,7 +123,7 @@ class Trainer:
         self.step, self.best_dice = 0, -1.0
         settings = plain(config)
         del settings["resume"], settings["out"]
-        self.folder = RunFolder(config.out, settings, resume=config.resume)
+        self.folder = RunFolder(config.out, settings, resume=config.resume, free=FREE)
         loader_state = self._restore() if config.resume and self.folder.last.exists() else None
         self.data = TrainingPipeline(
             self.store, patch=patch, batch_size=config.batch_size, seed=config.seed, augmentation=augmentation,
@@ -127,8 +136,11 @@ class Trainer:
         self.folder.start(self.step)
         since, last_logged = time.perf_counter(), self.step
         progress = tqdm(total=self.config.steps, initial=self.step, desc=self.config.model.method, disable=None, unit="step")
-        with progress:
+        with progress, stop_signals() as stopped, contextlib.closing(self.folder):
             while self.step < self.config.steps:
+                if stopped:
+                    self._save(self.folder.last)
+                    raise Stopped(stopped[0], f"stopped after {self.step} steps, saved; --resume goes on from here")
                 loss = self.train_step(next(self.data))
                 self.step += 1
                 progress.update()
@@ -139,7 +151,6 @@ class Trainer:
                 if self.step % self.config.validate_every == 0 or self.step == self.config.steps:
                     self._validate_and_save(progress)
                     since, last_logged = time.perf_counter(), self.step
-        self.folder.close()
 
     def train_step(self, batch: Batch) -> torch.Tensor:
         """One optimizer step; the loss, still on its device."""
@@ -169,24 +180,32 @@ class Trainer:
 
     def _log(self, loss: float, seconds: float, progress: Any) -> None:
         if not math.isfinite(loss):
-            raise InputError(f"the loss is {loss} after {self.step} steps: lower the learning rate "
-                             f"(now {self.config.learning_rate}) and go on with --resume from {self.folder.last}, or begin anew")
+            raise self._diverged(f"the loss is {loss}")
         progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
         self.folder.record(self.step, loss=loss, learning_rate=self.schedule.get_last_lr()[0], seconds_per_step=seconds)
 
     def _validate_and_save(self, progress: Any) -> None:
         scores = self.validate()
         scored = [s for s in scores.values() if s is not None]
-        mean = sum(scored) / len(scored) if scored else 0.0
+        mean = sum(scored) / len(scored) if scored else None
         self.folder.record(self.step, validation_dice=mean, per_class=scores)
-        progress.write(f"step {self.step}: validation Dice {mean:.3f} ("
+        progress.write(f"step {self.step}: validation Dice {'-' if mean is None else f'{mean:.3f}'} ("
                        + ", ".join(f"{k} {'-' if v is None else f'{v:.3f}'}" for k, v in scores.items()) + ")")
-        better = mean > self.best_dice
-        self.best_dice = max(mean, self.best_dice)
-        state = self._state()
-        if better:
-            checkpoint.save(self.folder.best, state)
-        checkpoint.save(self.folder.last, state)
+        if mean is not None and mean > self.best_dice:
+            self.best_dice = mean
+            self._save(self.folder.best)
+        self._save(self.folder.last)
+
+    def _save(self, path: Path) -> None:
+        """Write a checkpoint; weights that are not finite never take the place of good ones."""
+        if not all(value.isfinite().all() for value in self.model.network.state_dict().values()):
+            raise self._diverged("weights are not finite")
+        checkpoint.save(path, self._state())
+
+    def _diverged(self, what: str) -> InputError:
+        held = "last.pt is from before it was seen" if self.folder.last.exists() else "nothing was saved"
+        return InputError(f"training has diverged: {what} after {self.step} steps, {held}; begin anew in another folder with a "
+                          f"learning rate below {self.config.learning_rate:g}")
 
     def _rate(self, step: int) -> float:
         """Linear warm-up, then a cosine from 1 to 0."""
@@ -229,6 +248,34 @@ class Trainer:
         return bytes(state["data"].numpy().tobytes())
 
 
+class Stopped(Exception):
+    """Training was asked to stop, and has saved."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = signal_number
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that gets the number of a SIGTERM or SIGINT instead of its being obeyed at once; a second one is obeyed."""
+    caught: list[int] = []
+    before: dict[int, Any] = {}
+
+    def catch(number: int, _frame: Any) -> None:
+        caught.append(number)
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+
 def extractor_identity(model: DropGen) -> dict[str, Any] | None:
     """What must agree for features to mean the same: name, stride, hash."""
     return dict(model.extractor.identity()) if model.extractor is not None else None
@@ -244,7 +291,11 @@ def check_extractor(path: Path, state: dict[str, Any], model: DropGen) -> None:
 def main(argv: Sequence[str]) -> int:
     """The command ``train``."""
     config = tyro.cli(TrainConfig, args=argv, prog="dropgen-fast train")
-    Trainer(config).fit()
+    try:
+        Trainer(config).fit()
+    except Stopped as stop:
+        print(f"dropgen-fast train: {stop}", file=sys.stderr)
+        return 128 + stop.signal
     return 0
 
 

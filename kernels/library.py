@@ -12,7 +12,8 @@ from torch import Tensor
 PATH = Path(__file__).parent / "libdropgen_fast.so"
 # Numbered as enum Type of native.h.
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int16: 3, torch.uint8: 4}
-STATUS = {1: "out of memory", 2: "an element type that the kernel does not know"}
+STATUS = {1: "out of memory", 2: "an element type that the kernel does not know",
+          3: "the native library was built from other sources; install again"}
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,9 @@
 """Compile fuse_streams' Triton kernels for a GPU that need not be here: ``python compile_kernels.py 90``.
 
-Prints a line a kernel: its name, bytes of machine code, registers spilled. A program of its own because Triton's
-interpreter, which the tests run in, takes the compiler's place in a process.
+Prints a line a kernel: its name and the bytes of its machine code. A program of its own because Triton's interpreter,
+which the tests run in, takes the compiler's place in a process.
+
+Triton makes an integer argument that is 1 a constant, so the kernels that divide by a size are compiled for that too.
 """
 
 from __future__ import annotations
@@ -28,6 +30,10 @@ CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     *[(kernels._fuse, {"IMAGE_NORM": i, "FEATURE_NORM": f, "HAS_FEATURES": True, "SAME": same, "BLOCK_C": c, "BLOCK_V": v}, {})
       for i, f, same, c, v in [(0, 0, True, 1, 1024), (0, 0, False, 1, 1024), (2, 1, False, 32, 64), (3, 3, True, 32, 64)]],
     (kernels._fuse, {"IMAGE_NORM": 1, "FEATURE_NORM": 0, "HAS_FEATURES": False, "SAME": True, "BLOCK_C": 1, "BLOCK_V": 1024}, {}),
+    *[(kernels._fuse, {"IMAGE_NORM": 0, "FEATURE_NORM": 0, "HAS_FEATURES": True, "SAME": False, "BLOCK_C": 1, "BLOCK_V": 1024,
+                       size: 1, coarse: 1}, {}) for size, coarse in zip("DHW", "dhw", strict=True)],
+    *[(kernels._transpose_interpolation, BLOCK | {size: 1, coarse: 1}, {"out": "*fp32"})
+      for size, coarse in zip("DHW", "dhw", strict=True)],
     *[(kernels._image_backward, BLOCK | {"WINDOW": w}, {}) for w in (True, False)],
     (kernels._transpose_interpolation, BLOCK, {"out": "*fp32"}),
     (kernels._instance_norm_sums, BLOCK, {"grad": "*fp32"}),

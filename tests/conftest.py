@@ -1,18 +1,22 @@
-"""Where there is no GPU, Triton's kernels run in its interpreter; that has to be said before they are imported."""
+"""Triton's kernels run in its interpreter, which has to be said before they are imported; `pytest -m gpu` runs them for real."""
 
 import os
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Interpret, but for the suite that needs a GPU: one process can do only one of the two."""
+    if config.option.markexpr != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
-    if torch.cuda.is_available():
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, or where the kernels are interpreted."""
+    if torch.cuda.is_available() and config.option.markexpr == "gpu":
         return
+    reason = "run pytest -m gpu" if torch.cuda.is_available() else "no CUDA device"
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import subprocess
@@ -63,7 +64,7 @@ def definition(
 
 def close(result: Tensor, wanted: Tensor, scale: float = 1.0, *, backend: str = "") -> None:
     relative, absolute = TOLERANCE[result.dtype]
-    if result.dtype == torch.bfloat16 and backend == "triton" and not torch.cuda.is_available():
+    if result.dtype == torch.bfloat16 and backend == "triton" and not result.is_cuda:
         relative *= 2  # Triton's interpreter cuts float32 to bfloat16 off where a GPU rounds it: a whole unit, not half
     torch.testing.assert_close(result.double(), wanted, rtol=relative, atol=absolute * scale)
 
@@ -200,12 +201,65 @@ def test_large_offsets_keep_their_digits(backend: str) -> None:
     close(fuse_streams(image, features, p=0.0, backend=backend), definition(image, features, keep, p=0.0), scale=20)
 
 
-def test_many_voxels(backend: str) -> None:
+@pytest.mark.parametrize(("shape", "grid", "feature_norm"), [
+    ((1, 1, 20, 70, 50), (20, 70, 50), "instance"),  # 70 000 voxels: every chunk of the statistics takes more than one round
+    ((1, 1, 11, 36, 40), (11, 18, 20), "instance"),  # 3 960 coarse voxels: several blocks of every kernel
+    ((1, 1, 11, 36, 40), (11, 18, 20), "unit"),
+])
+def test_many_voxels(backend: str, shape: tuple[int, ...], grid: tuple[int, ...], feature_norm: str) -> None:
     """More than one block, piece and chunk of every kernel, at statistics that a wrong combination would miss."""
-    image, features = streams((1, 1, 12, 70, 40), (6, 70, 40), 2)
-    features += torch.linspace(-50, 50, 70)[:, None]
+    image, features = streams(shape, grid, 2)
+    image += torch.linspace(-5, 5, shape[2])[:, None, None]
+    features += torch.linspace(-50, 50, grid[2])[:, None] + torch.linspace(0, 30, grid[0])[:, None, None]
+    image, features = layouts(image)[2].requires_grad_(), layouts(features)[2].requires_grad_()  # every other voxel of rows
     keep = torch.ones(1, 3, dtype=torch.bool)
-    close(fuse_streams(image, features, p=0.0, backend=backend), definition(image, features, keep, p=0.0), scale=4)
+    options: dict[str, Any] = {"p": 0.0, "feature_norm": feature_norm}
+    result = fuse_streams(image, features, backend=backend, **options)
+    exact = [t.detach().double().requires_grad_() for t in (image, features)]
+    wanted = definition(*exact, keep, **options)
+    close(result.detach(), wanted.detach(), scale=4)
+    grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(3)) + torch.linspace(-1, 1, shape[2])[:, None, None]
+    got = torch.autograd.grad(result, (image, features), grad)
+    for g, w in zip(got, torch.autograd.grad(wanted, exact, grad.double()), strict=True):
+        close(g, w, scale=float(w.abs().max()))
+
+
+def test_a_sample_without_its_image(backend: str) -> None:
+    """Its statistics are not read for it, nor for its neighbour from it."""
+    image, features = streams((2, 2, 6, 7, 9))
+    keep = torch.ones(2, 7, dtype=torch.bool)
+    keep[0, :2] = False
+    keep[1, 0] = False
+    close(fuse_streams(image, features, keep=keep, backend=backend), definition(image, features, keep), scale=4)
+
+
+def test_nan_spoils_its_voxel_in_unit_norm(backend: str) -> None:
+    image, features = streams(grid=(6, 7, 9))
+    features[0, 1, 2, 3, 4] = torch.nan
+    wrong = ~fuse_streams(image, features, p=0.0, feature_norm="unit", backend=backend).isfinite()
+    assert wrong[0, 1:, 2, 3, 4].all()
+    assert wrong.sum() == 5
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_default_dtype_does_not_reach_the_draw(backend: str, default: torch.dtype) -> None:
+    image, features = streams()
+    wanted = fuse_streams(image, features, p=0.0, backend=backend)
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(fuse_streams(image, features, p=0.0, backend=backend), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_draw_counts_in_training_only(backend: str) -> None:
+    image, features = streams()
+    result = fuse_streams(image, features, keep=half_of(2, 6), training=False, backend=backend)
+    assert torch.equal(result, fuse_streams(image, features, p=0.0, backend=backend))
+
+
+def test_image_alone_is_float32_whatever_its_own() -> None:
+    assert fuse_streams(streams(image_dtype=torch.bfloat16)[0]).dtype == torch.float32
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -283,6 +337,7 @@ def test_gradients_of_any_layout(backend: str) -> None:
 def test_unit_norm_gradient_of_a_zero_vector(backend: str) -> None:
     image, features = streams((1, 1, 2, 2, 2), (2, 2, 2), 3)
     features[..., 0] = 0
+    features[0, :, 0, 0, 1] = torch.tensor([3e-3, -2e-3, 1e-3])  # shorter than eps, and not zero
     features.requires_grad_()
     fuse_streams(image, features, p=0.0, feature_norm="unit", eps=1e-2, backend=backend).sum().backward()
     exact = features.detach().double().requires_grad_()
@@ -412,6 +467,41 @@ def test_opcheck(name: str, feature_norm: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("eps", [1e-5, 1e-3])
+def test_compile_dynamic_shapes(name: str, eps: float) -> None:
+    fusion = StreamFusion(0.5, backend=name, eps=eps)
+    compiled = torch.compile(fusion, fullgraph=True, dynamic=True, backend="inductor" if name == "native" else "aot_eager")
+    for seed, shape in enumerate([(4, 1, 6, 7, 9), (2, 1, 8, 5, 6)]):
+        image, features = streams(shape, (3, 5, 4), seed=seed)
+        keep = half_of(shape[0], 6)
+        torch.testing.assert_close(compiled(image, features, keep), fusion(image, features, keep))
+
+
+def test_export() -> None:
+    image, features = streams()
+    fusion = StreamFusion(0.5, backend="native").eval()
+    program = torch.export.export(fusion, (image, features))
+    torch.testing.assert_close(program.module()(image, features), fusion(image, features))
+
+
+def test_module_is_saved_and_copied() -> None:
+    buffer = io.BytesIO()
+    torch.save(StreamFusion(0.5, memory_format=torch.channels_last_3d), buffer)
+    buffer.seek(0)
+    image, features = streams()
+    loaded = torch.load(buffer, weights_only=False).eval()
+    assert loaded(image, features).is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_op_refuses_a_wrong_draw() -> None:
+    image, features = streams()
+    for scale in (torch.ones(2, 6, dtype=torch.float64), torch.ones(1, 6), torch.ones(2, 5)):
+        with pytest.raises(ValueError, match=r"scale must be \(2, 6\) float32"):
+            torch.ops.dropgen_fast.fuse_streams(image, features, scale, "none", 0.0, 0.0, "none", 1e-5, torch.float32, False, 1,
+                                                "native")
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
 def test_compile_fullgraph(name: str) -> None:
     image, features = streams((4, 1, 6, 7, 9))
     fusion = StreamFusion(0.5, backend=name, memory_format=torch.channels_last_3d)
@@ -496,6 +586,8 @@ def test_on_a_gpu(dtype: torch.dtype, memory_format: torch.memory_format) -> Non
     ({"p": -0.1}, r"p must be in \[0, 1\)"),
     ({"p": float("nan")}, r"p must be in \[0, 1\)"),
     ({"p": (0.1, 0.2, 0.3)}, "p must be one rate or"),
+    ({"p": "0.5"}, "p must be one rate or"),
+    ({"keep": [True] * 6}, "keep must be a tensor"),
     ({"p": (0.6, 0.5), "mode": "stream"}, "sum is at most 1"),
     ({"mode": "voxel"}, "mode must be one of channel, stream"),
     ({"keep": torch.ones(2, 5, dtype=torch.bool)}, r"keep must be \(2, 6\) bool"),

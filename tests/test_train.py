@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,13 +88,19 @@ def test_a_run_leaves_all_that_it_should(trained: Path) -> None:
     assert state["extractor"]["name"] == "mind"
 
 
-@pytest.mark.parametrize("method", ["erm", "dropgen"])
-def test_training_learns(store: Path, tmp_path: Path, method: str) -> None:
+@pytest.fixture(scope="module", params=["erm", "dropgen"])
+def learned(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each method that is long enough to have learned."""
+    out = tmp_path_factory.mktemp("learned") / request.param
+    assert command(train, ["--store", store, "--out", out, "--method", request.param, "--fusion.p", 0.25, *RECIPE, "--steps", 200,
+                           "--augmentation.affine-probability", 0, "--augmentation.gamma-probability", 0,
+                           "--validate-every", 200]) == 0
+    return out
+
+
+def test_training_learns(learned: Path) -> None:
     """The cohort's labels are level sets of its images, with noise: some steps must bring the loss well down."""
-    arguments = ["--store", store, "--out", tmp_path / method, "--steps", 60, "--method", method, "--fusion.p", 0.25, *RECIPE,
-                 "--augmentation.affine-probability", 0, "--augmentation.gamma-probability", 0, "--validate-every", 60]
-    assert command(train, arguments) == 0
-    found = losses(tmp_path / method)
+    found = losses(learned)
     assert np.mean(found[-5:]) < 0.8 * np.mean(found[:5])
 
 
@@ -140,6 +147,63 @@ def test_kill_9_and_resume(trained: Path, store: Path, tmp_path: Path) -> None:
     assert losses(out) == losses(trained)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves(trained: Path, store: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Stopped between validations: the step that it had reached is saved, and the resumed run is the uninterrupted one."""
+    out = tmp_path / "stopped"
+    arguments = ["--store", store, "--out", out, "--steps", 20, "--fusion.p", 0.5, *RECIPE, "--resume"]
+    trainer = train.Trainer(configuration(store, out, "--steps", 20, "--fusion.p", 0.5))
+    step = trainer.train_step
+
+    def signalled(batch: Any) -> torch.Tensor:
+        if trainer.step == 6:
+            os.kill(os.getpid(), number)
+        return step(batch)
+
+    trainer.train_step = signalled  # type: ignore[method-assign]
+    with pytest.raises(train.Stopped, match="stopped after 7 steps, saved") as caught:
+        trainer.fit()
+    assert caught.value.signal == number
+    assert checkpoint.load(out / "last.pt")["step"] == 7
+    assert command(train, arguments) == 0
+    assert losses(out) == losses(trained)
+
+
+def test_two_trainings_do_not_share_a_folder(store: Path, tmp_path: Path) -> None:
+    first = RunFolder(tmp_path / "run", {"a": 1}, resume=True)
+    first.start(0)
+    with pytest.raises(InputError, match="another process is training into it"):
+        RunFolder(tmp_path / "run", {"a": 1}, resume=True).start(0)
+    first.close()
+    RunFolder(tmp_path / "run", {"a": 1}, resume=True).start(0)
+
+
+def test_a_moved_store_is_the_same_store(trained: Path, store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store, tmp_path / "moved")
+    shutil.copytree(trained, tmp_path / "run")
+    assert command(train, ["--store", tmp_path / "moved", "--out", tmp_path / "run", "--steps", 20, "--fusion.p", 0.5, *RECIPE,
+                           "--loader-threads", 1, "--log-every", 2, "--resume"]) == 0
+
+
+def test_divergence_keeps_the_good_checkpoint(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert command(train, ["--store", store, "--out", out, "--steps", 20, *RECIPE, "--learning-rate", "1e30",
+                           "--validate-every", 1, "--log-every", 20]) == 2
+    error = capsys.readouterr().err
+    assert "training has diverged" in error
+    assert "begin anew in another folder with a learning rate below 1e+30" in error
+    for path in out.glob("*.pt"):
+        assert all(v.isfinite().all() for v in checkpoint.load(path)["network"].values())
+
+
+def test_a_disk_that_refuses_is_one_line(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert command(train, ["--store", store, "--out", tmp_path / "file" / "run", "--steps", 1, *RECIPE]) == 2
+    error = capsys.readouterr().err
+    assert "file/run" in error
+    assert error.count("\n") == 1
+
+
 def test_resume_refuses_other_settings(trained: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (trained / "last.pt").read_bytes()
     arguments = ["--store", store, "--out", trained, "--steps", 30, "--fusion.p", 0.25, *RECIPE, "--resume"]
@@ -168,17 +232,16 @@ def test_extractor_is_the_same_after_training_and_validation(store: Path, tmp_pa
     assert not any(key.startswith("extractor") for key in trainer.model.state_dict())
 
 
-def test_predict_and_evaluate(trained: Path, cohort: Path, tmp_path: Path) -> None:
+def test_predict_and_evaluate(learned: Path, cohort: Path, tmp_path: Path) -> None:
     out = tmp_path / "predictions"
-    assert command(predict, ["--run", trained, "--images", cohort / "imagesTs", "--out", out]) == 0
+    assert command(predict, ["--run", learned, "--images", cohort / "imagesTs", "--out", out]) == 0
     for i in range(2):
         image, label = nib.load(cohort / f"imagesTs/test_{i}_0000.nii.gz"), nib.load(out / f"test_{i}.nii.gz")
         assert label.shape == image.shape
         np.testing.assert_array_equal(label.affine, image.affine)
         assert set(np.unique(label.dataobj)) <= {0, 1, 2}
         assert len(np.unique(label.dataobj)) > 1
-    assert command(predict, ["--run", trained, "--images", cohort / "imagesTs", "--out", out]) == 0  # the same again is fine
-    assert command(predict, ["--run", trained, "--images", cohort / "imagesTs", "--out", out, "--checkpoint", "last"]) in (0, 2)
+    assert command(predict, ["--run", learned, "--images", cohort / "imagesTs", "--out", out]) == 0  # the same again is fine
     assert command(evaluate, ["--predictions", out, "--labels", cohort / "labelsTs", "--out", tmp_path / "scores"]) == 0
     with (tmp_path / "scores/per_case.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -221,13 +284,32 @@ def test_predict_refuses_a_foreign_folder(
     assert command(predict, ["--run", trained, "--images", cohort / "imagesTs", "--out", tmp_path]) == 0
     assert command(predict, ["--run", trained, "--images", cohort / "imagesVal", "--out", tmp_path]) == 2
     assert "predictions of another run" in capsys.readouterr().err
+    # Replaced, none of the old maps stays beside the new ones.
+    assert command(predict, ["--run", trained, "--images", cohort / "imagesVal", "--out", tmp_path, "--overwrite"]) == 0
+    assert {p.name for p in tmp_path.glob("*.nii.gz")} == {"val_0.nii.gz", "val_1.nii.gz"}
+
+
+def test_a_case_that_fails_keeps_no_older_map(trained: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--run", trained, "--images", cohort / "imagesTs", "--out", tmp_path / "out"]
+    assert command(predict, arguments) == 0
+    segment = predict.class_probabilities
+
+    def fails_once(*args: Any, **kwargs: Any) -> torch.Tensor:
+        monkeypatch.setattr(predict, "class_probabilities", segment)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(predict, "class_probabilities", fails_once)
+    assert command(predict, arguments) == 1
+    assert "test_0: out of memory" in capsys.readouterr().err
+    assert {p.name for p in (tmp_path / "out").glob("*.nii.gz")} == {"test_1.nii.gz"}
 
 
 # ---- wrong input, one clear line each ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("extra", "message"), [
-    (["--patch", "18", "16", "16"], r"patch \(18, 16, 16\) does not fit the network.*16"),
+    (["--patch", "18", "16", "16"], r"unet cannot take a patch of \(18, 16, 16\).*\(16, 16, 16\) or \(20, 16, 16\) would do"),
     (["--fusion.p", "1.0"], "p must be in [0, 1), got 1.0"),
     (["--fusion.mode", "stream", "--fusion.p", "0.7", "0.7"], "sum is at most 1"),
     (["--fusion.p", "0.1", "0.2", "0.3"], "fusion.p must be one drop rate or two"),
@@ -239,6 +321,8 @@ def test_predict_refuses_a_foreign_folder(
     (["--steps", "0"], "steps must be at least 1"),
     (["--learning-rate", "0"], "learning_rate must be positive"),
     (["--warmup-steps", "20"], "warmup_steps must be at least 0 and less than steps = 20"),
+    (["--seed", str(2**70)], "seed must be a whole number"),
+    (["--weight-decay", "nan"], "weight_decay must not be negative"),
     (["--device", "tpu"], "device must be auto, cpu, cuda"),
     (["--foreground-fraction", "2"], "foreground_fraction must be in [0, 1]"),
 ])
@@ -257,13 +341,11 @@ def test_no_patch_at_all(store: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "no patch: give --patch" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("split", "name"), [("val", "validation")])
-def test_empty_split(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, name: str) -> None:
-    source = write_cohort(tmp_path / "source", {"train": 2, split: 0})
-    assert command(prepare, ["--source", source, "--store", tmp_path / "store", "--spacing-mm", 1, 1, 1, "--val-fraction", 0,
-                             "--workers", 1]) == 0
+def test_empty_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_cohort(tmp_path / "source", {"train": 2})
+    assert command(prepare, ["--source", source, "--store", tmp_path / "store", "--spacing-mm", 1, 1, 1, "--workers", 1]) == 0
     assert command(train, ["--store", tmp_path / "store", "--out", tmp_path / "run", *RECIPE]) == 2
-    assert f"has no {name} cases" in capsys.readouterr().err
+    assert "has no validation cases" in capsys.readouterr().err
 
 
 def test_out_folder_of_something_else(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -391,7 +473,8 @@ def test_preset_turns_mirroring_off(store: Path, tmp_path: Path) -> None:
 
 
 def test_network_options_are_yaml() -> None:
-    assert network_options(("a=1", "b=[1, 2]", "c=x", "d=0.5")) == {"a": 1, "b": [1, 2], "c": "x", "d": 0.5}
+    wanted = {"a": 1, "b": [1, 2], "c": "x", "d": 0.5, "e": 1e-5}
+    assert network_options(("a=1", "b=[1, 2]", "c=x", "d=0.5", "e=1e-5")) == wanted
 
 
 def test_run_folder_takes_out_what_came_after_the_checkpoint(tmp_path: Path) -> None:

@@ -246,6 +246,8 @@ def _in_order(mapping: object, where: str, what: str) -> tuple[str, ...]:
             raise InputError(f"{where}: {key!r}: {value!r} gives no whole number for a {what}")
         if int(index) in by_index:
             raise InputError(f"{where}: {what} {int(index)} has two names, {by_index[int(index)]!r} and {name!r}")
+        if str(name) in by_index.values():
+            raise InputError(f"{where}: the name {name!r} is given to two of them; each {what} needs its own")
         by_index[int(index)] = str(name)
     if sorted(by_index) != list(range(len(by_index))):
         raise InputError(f"{where} must be numbered 0 to {len(by_index) - 1} without a gap"

@@ -279,6 +279,6 @@ def save_like(original: Path, labels: npt.NDArray[Any], path: Path) -> None:
     content = result.to_bytes()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, gzip.compress(content, compresslevel=1) if ending == ".nii.gz" else content)
+        write_atomically(path, gzip.compress(content, compresslevel=1, mtime=0) if ending == ".nii.gz" else content)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {_one_line(error)}") from error

@@ -238,7 +238,7 @@ def _select(store: Store, split: str, case_ids: Sequence[str] | None, world_size
 
 def _readable(error: RuntimeError) -> Exception:
     """DALI's many-line error as one line where it is about a file of the store; any other as it is."""
-    path = re.search(r"[^\s\"'`]*/[^\s\"'`]+\.npy", str(error))
+    path = re.search(r"/[^\n\"'`]+\.npy", str(error))
     if path is None:
         return error
     return InputError(f"{path[0]} cannot be read: it is missing, damaged or was changed while in use; prepare the store again")

@@ -112,6 +112,9 @@ def prepare_image(paths: Sequence[Path], spacing_mm: Triple, intensity_window: t
         if volume.array.min() == volume.array.max():
             raise InputError(f"{volume.path} is constant: every voxel is {volume.array.flat[0]}")
         channel = grid_map.forward(volume.array, order=1)
+        if not np.isfinite(channel).all() or not np.isfinite(np.float32(channel.max()) - np.float32(channel.min())):
+            raise InputError(f"{volume.path} has intensities from {volume.array.min()} to {volume.array.max()}, more than "
+                             "float32 holds; rescale it")
         statistics.append(_statistics(channel))
         if intensity_window:
             np.clip(channel, *intensity_window, out=channel)
@@ -432,7 +435,7 @@ def _cohort_warnings(report: Report, training: Sequence[Prepared]) -> list[str]:
     warnings = [f"class {value} ({name}) occurs in no training label"
                 for value, name in enumerate(report.classes) if value and not any(value in p.counts for p in training)]
     if not any(p.case.split == "val" for p in report.prepared):
-        warnings.append("no val split: training cannot choose its best checkpoint; add imagesVal or use --val-fraction")
+        warnings.append("no val split: train needs one to choose its best checkpoint; add imagesVal or use --val-fraction")
     return warnings
 
 

@@ -59,7 +59,8 @@ def fuse_streams(
             by 1 / (1 - p). "stream": of every sample the whole image with probability p[0], or else the whole of the
             features with probability p[1], never both, survivors not rescaled; a single p means (p, 0), the sum must
             be at most 1.
-        keep: (N, Ci + Cf) bool, fixes the draw instead of drawing it (survivors are scaled as the mode says).
+        keep: (N, Ci + Cf) bool, fixes the draw instead of drawing it (survivors are scaled as the mode says); as any draw,
+            it counts in training only.
         image_norm: "minmax" (per sample over all its channels together; constant → 0), "none", `Window` or `ZScore`.
         feature_norm: "instance" (per sample and channel over its voxels, biased variance), "unit" or "standard" (per
             voxel over its channels), "none". Features are normalized on their own grid, then interpolated.
@@ -73,8 +74,11 @@ def fuse_streams(
         (N, C, D, H, W), C = Ci + Cf rounded up. Differentiable with respect to `features` (through interpolation and
         normalization) and `image` (its statistics held constant).
 
-    Statistics are float32 or better whatever the input, and run over the finite voxels: a NaN or Inf stays where it is
-    (and where interpolation reaches from it) and does not spoil its sample. Dropped channels are zeros, never read.
+    Statistics are float32 or better whatever the input. Those of "minmax" and "instance" run over the finite voxels: a
+    voxel that is not finite stays so where it is (and where interpolation reaches from it) and does not spoil its sample;
+    gradients are given for finite inputs. Dropped channels are zeros and are not read, but for statistics that span
+    channels ("unit", "standard", and "minmax" of several image channels). Derivatives of the second order and forward-mode
+    ones are the reference backend's alone.
 
     Raises:
         ValueError: an argument that does not fit, named with what was wanted and what came.
@@ -109,18 +113,18 @@ def draw_scale(
         device: of the result; the draw uses torch's generator of that device.
     """
     sizes = (image_channels, feature_channels)
-    ones = [torch.ones(batch, size, device=device) for size in sizes]
+    ones = [torch.ones(batch, size, device=device, dtype=torch.float32) for size in sizes]
     if not training:
         return torch.cat(ones, 1)
     if mode == "channel":
         survivors = torch.cat([one / (1 - rate) for one, rate in zip(ones, rates, strict=True)], 1)
         if keep is None:
             limits = torch.cat([one * rate for one, rate in zip(ones, rates, strict=True)], 1)
-            keep = torch.rand(survivors.shape, device=device) >= limits
+            keep = torch.rand(survivors.shape, device=device, dtype=torch.float32) >= limits
     else:
         survivors = torch.cat(ones, 1)
         if keep is None:
-            u = torch.rand(batch, 1, device=device)
+            u = torch.rand(batch, 1, device=device, dtype=torch.float32)
             kept = (u >= rates[0], (u < rates[0]) | (u >= rates[0] + rates[1]))
             keep = torch.cat([k.expand(batch, size) for k, size in zip(kept, sizes, strict=True)], 1)
     return torch.where(keep, survivors, 0.0)
@@ -178,7 +182,7 @@ def _check(
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if feature_norm not in FEATURE_NORMS:
         raise ValueError(f"feature_norm must be one of {', '.join(FEATURE_NORMS)}, got {feature_norm!r}")
-    if not (math.isfinite(eps) and eps > 0):
+    if not 0 < eps < math.inf:  # not math.isfinite, which torch.compile cannot trace for a symbolic number
         raise ValueError(f"eps must be a positive number, got {eps}")
     if memory_format not in (torch.contiguous_format, torch.channels_last_3d):
         raise ValueError(f"memory_format must be torch.contiguous_format or torch.channels_last_3d, got {memory_format}")
@@ -186,6 +190,8 @@ def _check(
         raise ValueError(f"channel_multiple must be a whole number ≥ 1, got {channel_multiple!r}")
     if keep is not None:
         wanted = (image.shape[0], sum(channels))
+        if not isinstance(keep, Tensor):
+            raise ValueError(f"keep must be a tensor, {wanted} bool, got {type(keep).__name__}")
         if tuple(keep.shape) != wanted or keep.dtype != torch.bool or keep.device != image.device:
             raise ValueError(f"keep must be {wanted} bool on {image.device}, "
                              f"got {tuple(keep.shape)} {keep.dtype} on {keep.device}")
@@ -207,6 +213,8 @@ def _check_rates(p: Rate, mode: str) -> tuple[float, float]:
             raise ValueError(f"p must be one rate or (rate of the image, rate of the features), got {p!r}")
     else:
         rates = (p, 0.0) if mode == "stream" else (p, p)
+    if not all(isinstance(rate, (int, float)) for rate in rates):
+        raise ValueError(f"p must be one rate or (rate of the image, rate of the features), got {p!r}")
     if mode == "stream":
         if not all(0 <= rate <= 1 for rate in rates) or sum(rates) > 1:
             raise ValueError(f"p must be rates in [0, 1] whose sum is at most 1 in stream mode, got {p!r}")
@@ -219,6 +227,16 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
+def _checked_scale(scale: Tensor, image: Tensor, features: Tensor | None, backend: str) -> Tensor:
+    """The draw as kernels read it. The op may be called with anything: by itself, or by an exported graph on another device."""
+    wanted = (image.shape[0], image.shape[1] + (features.shape[1] if features is not None else 0))
+    if scale.dtype != torch.float32 or tuple(scale.shape) != wanted:
+        raise ValueError(f"scale must be {wanted} float32, got {tuple(scale.shape)} {scale.dtype}")
+    if reason := _module(backend).refuses([image, scale] if features is None else [image, features, scale]):
+        raise RuntimeError(f"backend {backend!r} cannot take this call: {reason}")
+    return scale.contiguous()
+
+
 def _module(backend: str) -> ModuleType:
     return {"native": native, "triton": triton}[backend]
 
@@ -229,7 +247,7 @@ def _forward_op(
     feature_norm: str, eps: float, dtype: torch.dtype, channels_last: bool, channel_multiple: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, the image's statistics (N, 2: shift, gain) and the features' (see `_statistics_shape`)."""
-    scale = scale.contiguous()
+    scale = _checked_scale(scale, image, features, backend)
     out, image_stats, feature_stats = _empty_outputs(image, features, scale, feature_norm, dtype, channels_last, channel_multiple)
     _module(backend).forward(image, features, scale, out, image_stats, feature_stats,
                              image_norm=(image_norm, norm_a, norm_b), feature_norm=feature_norm, eps=eps)

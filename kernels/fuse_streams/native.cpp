@@ -9,7 +9,7 @@ namespace {
 
 using Arguments = FuseStreamsArguments;
 
-enum Status { kOk = 0, kNoMemory = 1, kBadType = 2 };
+enum Status { kOk = 0, kNoMemory = 1, kBadType = 2, kOtherVersion = 3 };
 
 constexpr int64_t kPiece = 1024;  // elements whose moments are taken in float before they are combined in double
 constexpr int kLanes = 16;        // independent partial sums, so that the compiler can vectorise a strict reduction
@@ -577,6 +577,10 @@ int backward(const Arguments& a) {
 
 }  // namespace
 
-DGF_ENTRY(fuse_streams_forward, FuseStreamsArguments) { return forward(*arguments); }
+DGF_ENTRY(fuse_streams_forward, FuseStreamsArguments) {
+  return arguments->bytes == sizeof(FuseStreamsArguments) ? forward(*arguments) : kOtherVersion;
+}
 
-DGF_ENTRY(fuse_streams_backward, FuseStreamsArguments) { return backward(*arguments); }
+DGF_ENTRY(fuse_streams_backward, FuseStreamsArguments) {
+  return arguments->bytes == sizeof(FuseStreamsArguments) ? backward(*arguments) : kOtherVersion;
+}

@@ -22,6 +22,7 @@ struct FuseStreamsTensor {
 };
 
 struct FuseStreamsArguments {
+  int64_t bytes;  // sizeof(FuseStreamsArguments), so that a library of another version refuses
   int64_t batch, image_channels, feature_channels, out_channels;
   int64_t size[3];    // D, H, W
   int64_t coarse[3];  // d, h, w

@@ -19,7 +19,8 @@ class Arguments(ctypes.Structure):
     """FuseStreamsArguments of native.h, field by field."""
 
     _fields_ = (
-        ("batch", ctypes.c_int64), ("image_channels", ctypes.c_int64), ("feature_channels", ctypes.c_int64),
+        ("bytes", ctypes.c_int64), ("batch", ctypes.c_int64), ("image_channels", ctypes.c_int64),
+        ("feature_channels", ctypes.c_int64),
         ("out_channels", ctypes.c_int64), ("size", ctypes.c_int64 * 3), ("coarse", ctypes.c_int64 * 3),
         ("image", NativeTensor), ("features", NativeTensor), ("out", NativeTensor),
         ("scale", ctypes.c_void_p), ("image_stats", ctypes.c_void_p), ("feature_stats", ctypes.c_void_p),
@@ -75,7 +76,7 @@ def _arguments(
     size = out.shape[2:]
     grid = features.shape[2:] if features is not None else size
     return Arguments(
-        batch=out.shape[0], image_channels=image_channels, out_channels=out.shape[1],
+        bytes=ctypes.sizeof(Arguments), batch=out.shape[0], image_channels=image_channels, out_channels=out.shape[1],
         feature_channels=features.shape[1] if features is not None else 0,
         size=(ctypes.c_int64 * 3)(*size), coarse=(ctypes.c_int64 * 3)(*grid),
         features=NativeTensor.of(features), out=NativeTensor.of(out),

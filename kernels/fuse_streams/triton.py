@@ -9,6 +9,9 @@ deterministic), then the normalization's sums and its gradient. All arithmetic i
 
 from __future__ import annotations
 
+import contextlib
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,7 @@ TILE_VOXELS = 64  # voxels of a program of the channels-last kernel; it takes al
 CHUNKS = 64  # programs that share the statistics of one channel
 IMAGE_NORMS = {"minmax": 0, "none": 1, "window": 2, "zscore": 3}
 FEATURE_NORMS = {"instance": 0, "unit": 1, "standard": 2, "none": 3}
+LONGEST_AXIS = 32_000  # (2 i + 1) · coarse stays below 2³¹
 SMALLEST = 1.1754943508222875e-38  # FLT_MIN: a smaller span has no reciprocal
 
 
@@ -39,7 +43,14 @@ def refuses(tensors: list[Tensor]) -> str:
             return f"it runs on a GPU (or with TRITON_INTERPRET=1), and a tensor is on {tensor.device}"
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.uint8):
             return f"it has no kernel for {tensor.dtype}"
+        if tensor.dim() == 5 and (math.prod(tensor.shape[2:]) >= 2**31 - BLOCK or max(tensor.shape[2:]) > LONGEST_AXIS):
+            return f"it counts the voxels of a channel in 32 bits, and a tensor has {tuple(tensor.shape[2:])}"
     return ""
+
+
+def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Triton launches on the current device; make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def forward(
@@ -47,6 +58,14 @@ def forward(
     image_norm: tuple[str, float, float], feature_norm: str, eps: float,
 ) -> None:
     """Write `out` (N, C, D, H, W) and both statistics; see `fuse_streams`."""
+    with _device_of(out):
+        _forward(image, features, scale, out, image_stats, feature_stats, image_norm, feature_norm, eps)
+
+
+def _forward(
+    image: Tensor, features: Tensor | None, scale: Tensor, out: Tensor, image_stats: Tensor, feature_stats: Tensor,
+    image_norm: tuple[str, float, float], feature_norm: str, eps: float,
+) -> None:
     kind, norm_a, norm_b = image_norm
     _statistics(image, features, scale, image_stats, feature_stats, image_norm, feature_norm, eps)
     n, image_channels, *size = image.shape
@@ -69,6 +88,16 @@ def backward(
     image_channels: int, image_norm: tuple[str, float, float], feature_norm: str, eps: float,
 ) -> None:
     """Write the gradients that are given: `grad_image` in its dtype, `grad_features` in float32."""
+    with _device_of(grad):
+        _backward(grad, image, features, scale, image_stats, feature_stats, grad_image, grad_features,
+                  image_channels, image_norm, feature_norm, eps)
+
+
+def _backward(
+    grad: Tensor, image: Tensor | None, features: Tensor | None, scale: Tensor, image_stats: Tensor, feature_stats: Tensor,
+    grad_image: Tensor | None, grad_features: Tensor | None, image_channels: int, image_norm: tuple[str, float, float],
+    feature_norm: str, eps: float,
+) -> None:
     kind, norm_a, norm_b = image_norm
     n, _, *size = grad.shape
     streams = scale.shape[1]
@@ -161,7 +190,7 @@ if triton is not None:
         lo = numerator // (2 * size)
         rest = numerator - lo * 2 * size
         hi = tl.where(rest > 0, tl.minimum(lo + 1, coarse - 1), lo)
-        return lo, hi, rest.to(tl.float32) / (2 * size).to(tl.float32)
+        return lo, hi, rest.to(tl.float32) / (2.0 * size)
 
     @triton.jit
     def _add_moments(count, mean, squares, count_b, mean_b, squares_b):
@@ -183,15 +212,17 @@ if triton is not None:
         for c in range(Ci):
             kept = kept | (tl.load(scale + n * streams + c) != 0)
         if kept:
-            for c in range(Ci):
+            channel = image + n * sn  # moved on by a stride per channel: a product could pass 2³¹
+            for _ in range(Ci):
                 for start in range(chunk * BLOCK, voxels, CHUNKS * BLOCK):
                     v = start + tl.arange(0, BLOCK)
                     z, y, x = _unravel(v, H, W)
-                    at = image + n * sn + c * sc + z.to(tl.int64) * sz + y.to(tl.int64) * sy + x.to(tl.int64) * sx
+                    at = channel + z.to(tl.int64) * sz + y.to(tl.int64) * sy + x.to(tl.int64) * sx
                     value = tl.load(at, mask=v < voxels, other=0).to(tl.float32)
                     known = (v < voxels) & _finite(value)
                     lo = tl.where(known & (value < lo), value, lo)
                     hi = tl.where(known & (value > hi), value, hi)
+                channel += sc
         tl.store(partial + (n * CHUNKS + chunk) * 2, tl.min(lo, 0))
         tl.store(partial + (n * CHUNKS + chunk) * 2 + 1, tl.max(hi, 0))
 
@@ -199,7 +230,7 @@ if triton is not None:
     def _channel_chunks(features, scale, partial, Ci, streams, Cf, d, h, w, sn, sc, sz, sy, sx,
                         CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
         """partial (N, Cf, 3, CHUNKS): count, mean, squares of a chunk of each channel. Grid (CHUNKS, Cf, N)."""
-        chunk, c, n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+        chunk, c, n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
         voxels = d * h * w
         count, mean, squares = 0.0, 0.0, 0.0
         if tl.load(scale + n * streams + Ci + c) != 0:
@@ -224,7 +255,7 @@ if triton is not None:
     @triton.jit
     def _combine(partial, stats, Cf, eps, CHUNKS: tl.constexpr):
         """stats (N, Cf, 2): mean and 1 / sqrt(variance + eps). Grid (Cf, N)."""
-        c, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        c, n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
         at = partial + (n * Cf + c) * 3 * CHUNKS + tl.arange(0, CHUNKS)
         counts, means, squares = tl.load(at), tl.load(at + CHUNKS), tl.load(at + 2 * CHUNKS)
         count = tl.maximum(tl.sum(counts, 0), 1.0)
@@ -246,17 +277,21 @@ if triton is not None:
         at = features + n * sn + z.to(tl.int64) * sz + y.to(tl.int64) * sy + x.to(tl.int64) * sx
         shift = tl.zeros([BLOCK], tl.float32)
         if STANDARD:
-            for c in range(Cf):
-                shift += tl.load(at + c * sc, mask=v < voxels, other=0).to(tl.float32)
+            of_channel = at
+            for _ in range(Cf):
+                shift += tl.load(of_channel, mask=v < voxels, other=0).to(tl.float32)
+                of_channel += sc
             shift = shift / Cf
         squares = tl.zeros([BLOCK], tl.float32)
-        for c in range(Cf):
-            deviation = tl.load(at + c * sc, mask=v < voxels, other=0).to(tl.float32) - shift
+        for _ in range(Cf):
+            deviation = tl.load(at, mask=v < voxels, other=0).to(tl.float32) - shift
             squares += deviation * deviation
+            at += sc
         if STANDARD:
             gain = 1.0 / tl.sqrt(squares / Cf + eps)
         else:
-            gain = 1.0 / tl.maximum(tl.sqrt(squares), eps)
+            norm = tl.sqrt(squares)
+            gain = 1.0 / tl.where(norm < eps, eps, norm)  # compared, not clamped: a NaN stays one
         tl.store(stats + n * 2 * voxels + v, shift, mask=v < voxels)
         tl.store(stats + (n * 2 + 1) * voxels + v, gain, mask=v < voxels)
 
@@ -342,7 +377,7 @@ if triton is not None:
                         isn, isc, isz, isy, isx, osn, osc, osz, osy, osx, norm_a, norm_b,
                         WINDOW: tl.constexpr, BLOCK: tl.constexpr):
         """grad_image = scale · gain · grad, zero where a window clipped. Grid (voxels / BLOCK, Ci, N)."""
-        c, n = tl.program_id(1), tl.program_id(2).to(tl.int64)
+        c, n = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
         v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = v < D * H * W
         z, y, x = _unravel(v, H, W)
@@ -366,14 +401,14 @@ if triton is not None:
         numerator = tl.maximum((2 * o + 1) * coarse - size, 0)
         numerator = tl.minimum(numerator, (coarse - 1) * 2 * size)
         distance = tl.abs(numerator - i * 2 * size)
-        weight = tl.maximum(2 * size - distance, 0).to(tl.float32) / (2 * size).to(tl.float32)
+        weight = tl.maximum(2 * size - distance, 0).to(tl.float32) / (2.0 * size)
         return o, tl.where(o < size, weight, 0.0)
 
     @triton.jit
     def _transpose_interpolation(grad, scale, out, Ci, streams, Cf, D, H, W, d, h, w, reach_z, reach_y, reach_x,
                                  gsn, gsc, gsz, gsy, gsx, BLOCK: tl.constexpr):
         """out (N, Cf, d, h, w) = scale · Σ weight · grad over the voxels each one reached. Grid (coarse / BLOCK, Cf, N)."""
-        c, n = tl.program_id(1), tl.program_id(2).to(tl.int64)
+        c, n = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
         coarse = d * h * w
         v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = v < coarse
@@ -381,7 +416,7 @@ if triton is not None:
         s = tl.load(scale + n * streams + Ci + c)
         total = tl.zeros([BLOCK], tl.float32)
         if s != 0:
-            at = grad + n * gsn + (Ci + c).to(tl.int64) * gsc
+            at = grad + n * gsn + (Ci + c) * gsc
             for kz in range(reach_z):
                 oz, wz = _reached(z, kz, D, d)
                 for ky in range(reach_y):
@@ -407,7 +442,7 @@ if triton is not None:
     def _instance_norm_sums(grad, features, scale, stats, sums, Ci, streams, Cf, d, h, w, sn, sc, sz, sy, sx,
                             BLOCK: tl.constexpr):
         """sums (N, Cf, 2): mean(g) and mean(g · f̂) over each channel's voxels. Grid (Cf, N)."""
-        c, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        c, n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
         coarse = d * h * w
         total = tl.zeros([BLOCK], tl.float32)
         product = tl.zeros([BLOCK], tl.float32)
@@ -425,7 +460,7 @@ if triton is not None:
     def _instance_norm_backward(grad, features, scale, stats, sums, Ci, streams, Cf, d, h, w, sn, sc, sz, sy, sx,
                                 BLOCK: tl.constexpr):
         """grad ← gain · (grad - mean(grad) - f̂ · mean(grad · f̂)), in place. Grid (coarse / BLOCK, Cf, N)."""
-        c, n = tl.program_id(1), tl.program_id(2).to(tl.int64)
+        c, n = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
         if tl.load(scale + n * streams + Ci + c) != 0:
             coarse = d * h * w
             v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -450,16 +485,19 @@ if triton is not None:
         gain = tl.load(stats + (n * 2 + 1) * coarse + v, mask=inside, other=0)
         mean = tl.zeros([BLOCK], tl.float32)
         product = tl.zeros([BLOCK], tl.float32)
+        of_channel = at
         for c in range(Cf):
             g = tl.load(grad + (n * Cf + c) * coarse + v, mask=inside, other=0)
             mean += g
-            product += g * (tl.load(at + c * sc, mask=inside, other=0).to(tl.float32) - shift) * gain
+            product += g * (tl.load(of_channel, mask=inside, other=0).to(tl.float32) - shift) * gain
+            of_channel += sc
         if STANDARD:
             mean, product = mean / Cf, product / Cf
         else:
             mean = tl.zeros([BLOCK], tl.float32)
             product = tl.where(gain >= 1.0 / eps, 0.0, product)  # the norm was held at eps
         for c in range(Cf):
-            f = (tl.load(at + c * sc, mask=inside, other=0).to(tl.float32) - shift) * gain
+            f = (tl.load(at, mask=inside, other=0).to(tl.float32) - shift) * gain
             g = tl.load(grad + (n * Cf + c) * coarse + v, mask=inside, other=0)
             tl.store(grad + (n * Cf + c) * coarse + v, gain * (g - mean - f * product), mask=inside)
+            at += sc
