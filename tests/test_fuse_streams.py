@@ -210,7 +210,7 @@ def test_many_voxels(backend: str, shape: tuple[int, ...], grid: tuple[int, ...]
     """More than one block, piece and chunk of every kernel, at statistics that a wrong combination would miss."""
     image, features = streams(shape, grid, 2)
     image += torch.linspace(-5, 5, shape[2])[:, None, None]
-    features += torch.linspace(-50, 50, grid[2])[:, None] + torch.linspace(0, 30, grid[0])[:, None, None]
+    features += torch.linspace(-50, 50, grid[1])[:, None] + torch.linspace(0, 30, grid[0])[:, None, None]
     image, features = layouts(image)[2].requires_grad_(), layouts(features)[2].requires_grad_()  # every other voxel of rows
     keep = torch.ones(1, 3, dtype=torch.bool)
     options: dict[str, Any] = {"p": 0.0, "feature_norm": feature_norm}
@@ -469,6 +469,7 @@ def test_opcheck(name: str, feature_norm: str) -> None:
 @pytest.mark.parametrize("name", ["native", "reference"])
 @pytest.mark.parametrize("eps", [1e-5, 1e-3])
 def test_compile_dynamic_shapes(name: str, eps: float) -> None:
+    torch._dynamo.reset()
     fusion = StreamFusion(0.5, backend=name, eps=eps)
     compiled = torch.compile(fusion, fullgraph=True, dynamic=True, backend="inductor" if name == "native" else "aot_eager")
     for seed, shape in enumerate([(4, 1, 6, 7, 9), (2, 1, 8, 5, 6)]):
@@ -504,6 +505,7 @@ def test_op_refuses_a_wrong_draw() -> None:
 @pytest.mark.parametrize("name", ["native", "reference"])
 def test_compile_fullgraph(name: str) -> None:
     image, features = streams((4, 1, 6, 7, 9))
+    torch._dynamo.reset()
     fusion = StreamFusion(0.5, backend=name, memory_format=torch.channels_last_3d)
     compiled = torch.compile(fusion, fullgraph=True, backend="aot_eager")
     keep = half_of(4, 6)
