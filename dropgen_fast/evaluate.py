@@ -391,8 +391,14 @@ def main(argv: Sequence[str]) -> int:
     """The command; 0 when every label was scored, 1 when a prediction was missing or could not be compared."""
     config = tyro.cli(EvaluateConfig, args=list(argv), prog="dropgen-fast evaluate")
     _check_out(config)
+    new = not config.out.exists()
     config.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is told before the work, not after
-    evaluation = evaluate(config.predictions, config.labels, resolve_classes(config.classes, config.labels))
+    try:
+        evaluation = evaluate(config.predictions, config.labels, resolve_classes(config.classes, config.labels))
+    except InputError:
+        if new:
+            config.out.rmdir()
+        raise
     _write(evaluation, config)
     print(evaluation.table())
     for name in evaluation.without_label:
