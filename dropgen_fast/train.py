@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 import signal
 import sys
 import threading
@@ -87,8 +88,9 @@ class TrainConfig:
             raise InputError(f"foreground_fraction must be in [0, 1], got {self.foreground_fraction}")
 
 
-FREE = ("store", "preset", "device", "log_every", "loader_threads")
-"""Settings that a resumed run may change: the store is known by its content, and these decide no number but by rounding."""
+FREE = ("store", "preset", "device", "log_every", "loader_threads", "model.extractor_weights")
+"""Settings that a resumed run may change: store and weights are known by their content, the others decide no number but by
+rounding."""
 
 
 class Trainer:
@@ -110,7 +112,13 @@ class Trainer:
         if patch is None:
             raise InputError("no patch: give --patch D H W, or a preset that has one")
         augmentation = config.augmentation if preset.mirror else dataclasses.replace(config.augmentation, mirror=False)
-        self.config = config = dataclasses.replace(config, patch=patch, augmentation=augmentation)
+        sided = [name for name in self.store.classes if re.search(r"\b(left|right)\b", name, re.IGNORECASE)]
+        if sided and (augmentation.flipping or augmentation.turning):
+            print(f"dropgen-fast train: warning: flips and turns are on, and {sided[0]!r} is a side: "
+                  "--augmentation.no-mirror keeps left and right apart", file=sys.stderr)
+        weights = config.model.extractor_weights
+        model = dataclasses.replace(config.model, extractor_weights=weights.resolve() if weights is not None else None)
+        self.config = config = dataclasses.replace(config, patch=patch, augmentation=augmentation, model=model)
         self.patch: tuple[int, int, int] = patch
         self.device = choose_device(config.device)
         torch.manual_seed(config.seed)
@@ -164,7 +172,10 @@ class Trainer:
         return loss.detach()
 
     def validate(self) -> dict[str, float | None]:
-        """Dice of each foreground class over the validation cases: mean over the cases that have a score, or None."""
+        """Dice of each foreground class over the validation cases: mean over the cases that have a score, or None.
+
+        On the prepared grid. `evaluate` scores the original grid, and averages over a case's classes before the cases.
+        """
         classes = self.store.classes
         rows = []
         for case in self.store.cases("val"):
@@ -193,6 +204,8 @@ class Trainer:
                        + ", ".join(f"{k} {'-' if v is None else f'{v:.3f}'}" for k, v in scores.items()) + ")")
         if mean is not None and mean > self.best_dice:
             self.best_dice = mean
+            self._save(self.folder.best)
+        elif not self.folder.best.exists():  # no class has a score yet: the first is the best that there is
             self._save(self.folder.best)
         self._save(self.folder.last)
 
