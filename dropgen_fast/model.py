@@ -121,6 +121,18 @@ def build_model(config: ModelConfig, *, image_channels: int, classes: int, patch
     return model
 
 
+def extractor_identity(model: DropGen) -> dict[str, Any] | None:
+    """What must agree for features to mean the same: the extractor's name, stride and hash; None for ERM."""
+    return dict(model.extractor.identity()) if model.extractor is not None else None
+
+
+def check_extractor(checkpoint: Path, trained_with: dict[str, Any] | None, model: DropGen) -> None:
+    """A network must see the features that it was trained on; raises InputError, naming the checkpoint, where it would not."""
+    if trained_with != extractor_identity(model):
+        raise InputError(f"{checkpoint} was trained with extractor {trained_with}, got {extractor_identity(model)}; "
+                         "give the same extractor and weights")
+
+
 EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 """1e-5 and the like, which YAML 1.1 takes for a string."""
 

@@ -21,8 +21,7 @@ from dropgen_fast.data.prepare import prepare_image
 from dropgen_fast.errors import InputError
 from dropgen_fast.files import write_atomically
 from dropgen_fast.inference import choose_device, class_probabilities
-from dropgen_fast.model import DropGen, FusionConfig, ModelConfig, build_model
-from dropgen_fast.train import check_extractor
+from dropgen_fast.model import DropGen, FusionConfig, ModelConfig, build_model, check_extractor
 
 MANIFEST = "predictions.json"
 
@@ -73,7 +72,7 @@ class Predictor:
         config = _model_config(state["model"], extractor_weights)
         self.model: DropGen = build_model(config, image_channels=len(self.task["channels"]), classes=len(self.task["classes"]),
                                           patch=self.patch)
-        check_extractor(path, state, self.model)
+        check_extractor(path, state["extractor"], self.model)
         self.model.network.load_state_dict(state["network"])
         self.model.to(device).eval()
 

@@ -23,11 +23,12 @@ from tqdm import tqdm
 from dropgen_fast import checkpoint
 from dropgen_fast.cli import run
 from dropgen_fast.config import load_preset
-from dropgen_fast.data.pipeline import AugmentationConfig, Batch, TrainingPipeline
+from dropgen_fast.data.augmentation import AugmentationConfig
+from dropgen_fast.data.pipeline import Batch, TrainingPipeline
 from dropgen_fast.data.store import Store
 from dropgen_fast.errors import InputError
 from dropgen_fast.inference import choose_device, class_probabilities, dice_per_class
-from dropgen_fast.model import DropGen, ModelConfig, build_model
+from dropgen_fast.model import ModelConfig, build_model, check_extractor, extractor_identity
 from dropgen_fast.run import RunFolder, plain
 
 
@@ -252,7 +253,7 @@ class Trainer:
         if state["store"] != self.store.identity():
             raise InputError(f"store {self.config.store} is not the one that {self.folder.last} was trained on; "
                              "resume with that one, or begin a new run")
-        check_extractor(self.folder.last, state, self.model)
+        check_extractor(self.folder.last, state["extractor"], self.model)
         self.model.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -287,18 +288,6 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for which, handler in before.items():
             signal.signal(which, handler)
-
-
-def extractor_identity(model: DropGen) -> dict[str, Any] | None:
-    """What must agree for features to mean the same: name, stride, hash."""
-    return dict(model.extractor.identity()) if model.extractor is not None else None
-
-
-def check_extractor(path: Path, state: dict[str, Any], model: DropGen) -> None:
-    """A network must see the features that it was trained on."""
-    if state["extractor"] != extractor_identity(model):
-        raise InputError(f"{path} was trained with extractor {state['extractor']}, got {extractor_identity(model)}; "
-                         "give the same extractor and weights")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -16,7 +16,8 @@ import pytest
 import torch
 from nifti_factory import blobs, make_affine, write_nifti
 
-from dropgen_fast.data.pipeline import AugmentationConfig, Batch, TrainingPipeline
+from dropgen_fast.data.augmentation import AugmentationConfig
+from dropgen_fast.data.pipeline import Batch, TrainingPipeline
 from dropgen_fast.data.prepare import minmax
 from dropgen_fast.data.store import Store
 from dropgen_fast.errors import InputError

@@ -28,7 +28,7 @@ from torch import nn
 from dropgen_fast import checkpoint, evaluate, inference, predict, prepare, train
 from dropgen_fast.cli import run
 from dropgen_fast.errors import InputError
-from dropgen_fast.model import FusionConfig, ModelConfig, build_model, network_options
+from dropgen_fast.model import FusionConfig, ModelConfig, build_model, check_extractor, network_options
 from dropgen_fast.run import RunFolder
 
 RECIPE = ["--patch", "16", "16", "16", "--batch-size", "2", "--network-options", "base_channels=4", "downsamplings=2",
@@ -395,7 +395,7 @@ def test_extractor_mismatch_is_refused(trained: Path) -> None:
     model = build_model(ModelConfig(extractor_stride=2, network_options=("base_channels=4", "downsamplings=2")),
                         image_channels=1, classes=3, patch=(16, 16, 16))
     with pytest.raises(InputError, match="was trained with extractor"):
-        train.check_extractor(trained / "last.pt", state, model)
+        check_extractor(trained / "last.pt", state["extractor"], model)
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import nvidia.dali.math as dmath
 from nvidia.dali import fn, pipeline_def, types
 
-if TYPE_CHECKING:
-    from dropgen_fast.data.pipeline import AugmentationConfig
+from dropgen_fast.data.augmentation import AugmentationConfig
 
 BIAS_DEGREE = 3
 MAX_SHUFFLE_BUFFER = 1024

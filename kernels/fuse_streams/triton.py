@@ -2,7 +2,7 @@
 
 Shapes: N batch, Ci image channels, Cf feature channels, C = Ci + Cf rounded up, D H W voxels, d h w coarse voxels.
 
-Forward, three launches: partial statistics of chunks, their combination, and one pass over the output. Backward: the
+Forward: partial statistics of chunks, their combination, and one pass over the output. Backward: the
 transpose of the interpolation in gather form (every coarse voxel sums the output voxels that it reached; no atomics,
 deterministic), then the normalization's sums and its gradient. All arithmetic is float32.
 """
