@@ -48,11 +48,11 @@ class CMakeBuild(build_ext):
 
 
 def cause(log: str) -> str:
-    """The line of a log of CMake or a compiler that says what went wrong."""
+    """The part of a log of CMake or a compiler that says what went wrong."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+    for i, line in enumerate(lines):
         if line.startswith("CMake Error"):
-            return following or line
+            return " ".join(lines[i + 1 : i + 4]) or line  # the message begins on the next line, and is folded
         if "error:" in line:
             return line
     return lines[-1] if lines else "no output"
