@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +39,11 @@ from dropgen_fast.files import write_atomically
 FORMAT_VERSION = 1
 KIND = "dropgen_fast store"
 INDEX = "store.json"
+HEADER_BYTES = 4096
+"""More than the header of any volume takes."""
+PARSING = threading.Lock()
+"""NumPy parses a header as Python source, which some versions of CPython 3.11 and 3.12 do not always survive in two threads at
+once ("SystemError: AST constructor recursion depth mismatch")."""
 
 
 @dataclass(frozen=True)
@@ -220,10 +227,12 @@ def _npy_problem(path: Path, shape: Sequence[int], dtype: str) -> str:
     """What is wrong with a .npy file ("" if nothing), judged from its header and its size."""
     try:
         with path.open("rb") as file:
-            if np.lib.format.read_magic(file) != (1, 0):
-                return "is not in .npy format 1.0"
-            found, fortran, found_dtype = np.lib.format.read_array_header_1_0(file)
-            size = file.tell() + int(np.prod(shape)) * np.dtype(dtype).itemsize
+            start = io.BytesIO(file.read(HEADER_BYTES))
+            with PARSING:
+                if np.lib.format.read_magic(start) != (1, 0):
+                    return "is not in .npy format 1.0"
+                found, fortran, found_dtype = np.lib.format.read_array_header_1_0(start)
+            size = start.tell() + int(np.prod(shape)) * np.dtype(dtype).itemsize
             if found != tuple(shape) or fortran or found_dtype != np.dtype(dtype):
                 return f"holds {found_dtype} {found}, expected {dtype} {tuple(shape)} in C order"
             if (actual := file.seek(0, os.SEEK_END)) != size:
