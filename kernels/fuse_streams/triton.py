@@ -153,10 +153,8 @@ def _statistics(
         image_stats[:, 0] = torch.where(varies, lo, 0)
         image_stats[:, 1] = torch.where(varies, 1 / torch.where(varies, span, 1), 0)
     else:
-        gain = {"none": 1.0, "window": 1 / (norm_b - norm_a) if kind == "window" else 0.0,
-                "zscore": 1 / norm_b if kind == "zscore" else 0.0}[kind]
         image_stats[:, 0] = 0.0 if kind == "none" else norm_a
-        image_stats[:, 1] = gain
+        image_stats[:, 1] = 1.0 if kind == "none" else 1 / (norm_b - norm_a if kind == "window" else norm_b)
     if features is None or feature_norm == "none":
         return
     if feature_norm == "instance":
