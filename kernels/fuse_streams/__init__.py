@@ -8,22 +8,18 @@ input, so every backend can be fed the same one, and a CUDA graph replays with f
 from __future__ import annotations
 
 import math
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import native, reference, triton
+from . import reference
+from .backends import BACKENDS, FLOAT_DTYPES, available_backends, check_dtypes, choose, names
+from .draw import MODES, Rate, check_rates, draw_scale
 from .norms import FEATURE_NORMS, ImageNorm, Window, ZScore, pack_image_norm
+from .op import forward_op
 
 __all__ = ["BACKENDS", "ImageNorm", "Window", "ZScore", "available_backends", "draw_scale", "fuse_streams"]
 
-BACKENDS = ("auto", "native", "triton", "reference")
-MODES = ("channel", "stream")
-IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.uint8)
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-Rate = float | tuple[float, float]
 
 
 def fuse_streams(
@@ -85,77 +81,19 @@ def fuse_streams(
         RuntimeError: a backend that cannot be had here, with the reason and the ones that can.
     """
     channels = _check(image, features, keep, mode, memory_format, channel_multiple, feature_norm, eps)
-    rates = _check_rates(p, mode)
+    rates = check_rates(p, mode)
     dtype = dtype or (features.dtype if features is not None else torch.float32)
     if dtype not in FLOAT_DTYPES:
-        raise ValueError(f"dtype must be one of {_names(FLOAT_DTYPES)}, got {dtype}")
+        raise ValueError(f"dtype must be one of {names(FLOAT_DTYPES)}, got {dtype}")
     kind, a, b = pack_image_norm(image_norm)
-    chosen = _choose(backend, image, features)
+    chosen = choose(backend, image, features)
     scale = draw_scale(image.shape[0], *channels, rates, mode=mode, training=training, keep=keep, device=image.device)
     if chosen == "reference":
         return reference.fuse_streams(image, features, scale, image_norm=(kind, a, b), feature_norm=feature_norm, eps=eps,
                                       dtype=dtype, memory_format=memory_format, channel_multiple=channel_multiple)
-    out, _, _ = _forward_op(image, features, scale, kind, a, b, feature_norm, eps, dtype,
+    out, _, _ = forward_op(image, features, scale, kind, a, b, feature_norm, eps, dtype,
                             memory_format == torch.channels_last_3d, channel_multiple, chosen)
     return out
-
-
-def draw_scale(
-    batch: int, image_channels: int, feature_channels: int, rates: tuple[float, float], *, mode: str = "channel",
-    training: bool = True, keep: Tensor | None = None, device: torch.device | str | None = None,
-) -> Tensor:
-    """Draw what is dropped: (N, Ci + Cf) float32, 0 for a dropped channel, else what a survivor is multiplied by.
-
-    Args:
-        batch, image_channels, feature_channels: N, Ci, Cf.
-        rates: drop rate of the image and of the features.
-        mode, training, keep: as in `fuse_streams`.
-        device: of the result; the draw uses torch's generator of that device.
-    """
-    sizes = (image_channels, feature_channels)
-    ones = [torch.ones(batch, size, device=device, dtype=torch.float32) for size in sizes]
-    if not training:
-        return torch.cat(ones, 1)
-    if mode == "channel":
-        survivors = torch.cat([one / (1 - rate) for one, rate in zip(ones, rates, strict=True)], 1)
-        if keep is None:
-            limits = torch.cat([one * rate for one, rate in zip(ones, rates, strict=True)], 1)
-            keep = torch.rand(survivors.shape, device=device, dtype=torch.float32) >= limits
-    else:
-        survivors = torch.cat(ones, 1)
-        if keep is None:
-            u = torch.rand(batch, 1, device=device, dtype=torch.float32)
-            kept = (u >= rates[0], (u < rates[0]) | (u >= rates[0] + rates[1]))
-            keep = torch.cat([k.expand(batch, size) for k, size in zip(kept, sizes, strict=True)], 1)
-    return torch.where(keep, survivors, 0.0)
-
-
-def available_backends() -> dict[str, str]:
-    """Each backend's name and "" where it can be had here, else the reason why not."""
-    return {"native": native.MISSING, "triton": triton.MISSING, "reference": ""}
-
-
-def _choose(backend: str, image: Tensor, features: Tensor | None) -> str:
-    """The backend for this call; an explicit request that cannot be met raises with the reason."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    tensors = [image] if features is None else [image, features]
-    if backend == "reference":
-        return backend
-    reasons = {name: module.MISSING or module.refuses(tensors)
-               for name, module in (("triton", triton), ("native", native))}
-    if backend == "auto":
-        # The fast kernels hold int32 coordinates, float32 statistics; what they refuse the definition takes.
-        first = "triton" if image.is_cuda else "native"
-        if not reasons[first]:
-            return first
-        _check_dtypes(image, features)
-        return "reference"
-    if reasons[backend]:
-        fits = [name for name, why in reasons.items() if not why]
-        raise RuntimeError(f"backend {backend!r} cannot take this call: {reasons[backend]}; "
-                           f"what can: {', '.join([*fits, 'reference'])}")
-    return backend
 
 
 def _check(
@@ -165,7 +103,7 @@ def _check(
     """Check everything but the rates; the numbers of image and feature channels."""
     if image.dim() != 5 or 0 in image.shape:
         raise ValueError(f"image must be (N, Ci, D, H, W) with no empty axis, got shape {tuple(image.shape)}")
-    _check_dtypes(image, features)
+    check_dtypes(image, features)
     channels = (image.shape[1], 0)
     if features is not None:
         if features.dim() != 5 or 0 in features.shape:
@@ -196,151 +134,3 @@ def _check(
             raise ValueError(f"keep must be {wanted} bool on {image.device}, "
                              f"got {tuple(keep.shape)} {keep.dtype} on {keep.device}")
     return channels
-
-
-def _check_dtypes(image: Tensor, features: Tensor | None) -> None:
-    if image.dtype not in IMAGE_DTYPES:
-        raise ValueError(f"image must be one of {_names(IMAGE_DTYPES)}, got {image.dtype}")
-    if features is not None and features.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"features must be one of {_names(FLOAT_DTYPES)}, got {features.dtype}")
-
-
-def _check_rates(p: Rate, mode: str) -> tuple[float, float]:
-    """(rate of the image, rate of the features)."""
-    if isinstance(p, (tuple, list)):
-        rates = tuple(p)
-        if len(rates) != 2:
-            raise ValueError(f"p must be one rate or (rate of the image, rate of the features), got {p!r}")
-    else:
-        rates = (p, 0.0) if mode == "stream" else (p, p)
-    if not all(isinstance(rate, (int, float)) for rate in rates):
-        raise ValueError(f"p must be one rate or (rate of the image, rate of the features), got {p!r}")
-    if mode == "stream":
-        if not all(0 <= rate <= 1 for rate in rates) or sum(rates) > 1:
-            raise ValueError(f"p must be rates in [0, 1] whose sum is at most 1 in stream mode, got {p!r}")
-    elif not all(0 <= rate < 1 for rate in rates):
-        raise ValueError(f"p must be in [0, 1), got {p!r}")
-    return float(rates[0]), float(rates[1])
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-
-
-def _checked_scale(scale: Tensor, image: Tensor, features: Tensor | None, backend: str) -> Tensor:
-    """The draw as kernels read it. The op may be called with anything: by itself, or by an exported graph on another device."""
-    wanted = (image.shape[0], image.shape[1] + (features.shape[1] if features is not None else 0))
-    if scale.dtype != torch.float32 or tuple(scale.shape) != wanted:
-        raise ValueError(f"scale must be {wanted} float32, got {tuple(scale.shape)} {scale.dtype}")
-    if reason := _module(backend).refuses([image, scale] if features is None else [image, features, scale]):
-        raise RuntimeError(f"backend {backend!r} cannot take this call: {reason}")
-    return scale.contiguous()
-
-
-def _module(backend: str) -> ModuleType:
-    return {"native": native, "triton": triton}[backend]
-
-
-@torch.library.custom_op("dropgen_fast::fuse_streams", mutates_args=())
-def _forward_op(
-    image: Tensor, features: Tensor | None, scale: Tensor, image_norm: str, norm_a: float, norm_b: float,
-    feature_norm: str, eps: float, dtype: torch.dtype, channels_last: bool, channel_multiple: int, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, the image's statistics (N, 2: shift, gain) and the features' (see `_statistics_shape`)."""
-    scale = _checked_scale(scale, image, features, backend)
-    out, image_stats, feature_stats = _empty_outputs(image, features, scale, feature_norm, dtype, channels_last, channel_multiple)
-    _module(backend).forward(image, features, scale, out, image_stats, feature_stats,
-                             image_norm=(image_norm, norm_a, norm_b), feature_norm=feature_norm, eps=eps)
-    return out, image_stats, feature_stats
-
-
-@_forward_op.register_fake
-def _(
-    image: Tensor, features: Tensor | None, scale: Tensor, image_norm: str, norm_a: float, norm_b: float,
-    feature_norm: str, eps: float, dtype: torch.dtype, channels_last: bool, channel_multiple: int, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_outputs(image, features, scale, feature_norm, dtype, channels_last, channel_multiple)
-
-
-def _empty_outputs(
-    image: Tensor, features: Tensor | None, scale: Tensor, feature_norm: str, dtype: torch.dtype,
-    channels_last: bool, channel_multiple: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    channels = (scale.shape[1] + channel_multiple - 1) // channel_multiple * channel_multiple
-    shape = (image.shape[0], channels, *image.shape[2:])
-    memory_format = torch.channels_last_3d if channels_last else torch.contiguous_format
-    out = torch.empty(shape, dtype=dtype, device=image.device, memory_format=memory_format)
-    image_stats = torch.empty((image.shape[0], 2), dtype=torch.float32, device=image.device)
-    feature_stats = torch.empty(_statistics_shape(features, feature_norm), dtype=torch.float32, device=image.device)
-    return out, image_stats, feature_stats
-
-
-def _statistics_shape(features: Tensor | None, norm: str) -> tuple[int, ...]:
-    """(shift, gain) of each sample and channel for "instance", of each sample and voxel for "unit" and "standard"."""
-    if features is None or norm == "none":
-        return (0,)
-    n, channels, *grid = features.shape
-    return (n, channels, 2) if norm == "instance" else (n, 2, *grid)
-
-
-@torch.library.custom_op("dropgen_fast::fuse_streams_backward", mutates_args=())
-def _backward_op(
-    grad: Tensor, image: Tensor | None, features: Tensor | None, scale: Tensor, image_stats: Tensor,
-    feature_stats: Tensor, image_channels: int, image_norm: str, norm_a: float, norm_b: float, feature_norm: str, eps: float,
-    image_dtype: torch.dtype | None, backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Gradients to the image (empty where `image_dtype` is None) and to the features (empty where None)."""
-    grad_image, grad_features = _empty_gradients(grad, features, image_channels, image_dtype)
-    work = grad_features if grad_features.dtype == torch.float32 else torch.empty_like(
-        grad_features, dtype=torch.float32, memory_format=torch.contiguous_format)
-    _module(backend).backward(
-        grad, image, features, scale.contiguous(), image_stats, feature_stats,
-        grad_image if image_dtype is not None else None, work if features is not None else None,
-        image_channels=image_channels, image_norm=(image_norm, norm_a, norm_b), feature_norm=feature_norm, eps=eps)
-    return grad_image, grad_features if work is grad_features else work.to(grad_features.dtype)
-
-
-@_backward_op.register_fake
-def _(
-    grad: Tensor, image: Tensor | None, features: Tensor | None, scale: Tensor, image_stats: Tensor,
-    feature_stats: Tensor, image_channels: int, image_norm: str, norm_a: float, norm_b: float, feature_norm: str, eps: float,
-    image_dtype: torch.dtype | None, backend: str,
-) -> tuple[Tensor, Tensor]:
-    return _empty_gradients(grad, features, image_channels, image_dtype)
-
-
-def _empty_gradients(
-    grad: Tensor, features: Tensor | None, image_channels: int, image_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    image_shape = (grad.shape[0], image_channels, *grad.shape[2:]) if image_dtype is not None else (0,)
-    grad_image = torch.empty(image_shape, dtype=image_dtype or torch.float32, device=grad.device)
-    if features is None:
-        return grad_image, torch.empty(0, dtype=torch.float32, device=grad.device)
-    return grad_image, torch.empty(features.shape, dtype=features.dtype, device=grad.device)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, features, scale, kind, a, b, feature_norm, eps, _, _, _, backend = inputs
-    _, image_stats, feature_stats = output
-    ctx.needs_image, ctx.needs_features = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    # Only a window's gradient looks at the voxels again: where it clipped, it is zero.
-    saved_image = image if ctx.needs_image and kind == "window" else None
-    ctx.save_for_backward(saved_image, features if ctx.needs_features else None, scale, image_stats, feature_stats)
-    ctx.image_channels, ctx.image_dtype = image.shape[1], image.dtype
-    ctx.settings = (kind, a, b, feature_norm, eps)
-    ctx.backend = backend
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad: Tensor | None, _image_stats: Tensor | None, _feature_stats: Tensor | None) -> tuple[Any, ...]:
-    none = (None,) * 12
-    if grad is None:
-        return none
-    image, features, scale, image_stats, feature_stats = ctx.saved_tensors
-    grad_image, grad_features = _backward_op(grad, image, features, scale, image_stats, feature_stats, ctx.image_channels,
-                                             *ctx.settings,
-                                             ctx.image_dtype if ctx.needs_image else None, ctx.backend)
-    return (grad_image if ctx.needs_image else None, grad_features if ctx.needs_features else None, *none[2:])
-
-
-torch.library.register_autograd("dropgen_fast::fuse_streams", _backward, setup_context=_setup_context)

@@ -375,12 +375,12 @@ int forward(const Arguments& a) {
           const int64_t out = offset_of(a.out, n, c, z, y);
           if (zero && channels_last)
             std::memset(row, 0, sizeof(float) * size_t(width));
-          else if (zero)
+          else if (zero && !a.zeroed)
             std::memset(static_cast<char*>(a.out.data) + out * element_size(a.out.type), 0,
                         size_t(width * element_size(a.out.type)));
-          else if (c < a.image_channels)
+          else if (!zero && c < a.image_channels)
             image_row(a, load_image, n, c, z, y, row);
-          else
+          else if (!zero)
             feature_row(a, stretched, n, c - a.image_channels, y, row);
           if (!zero && !channels_last) store(row, a.out.data, out, 1, width);
         }
@@ -407,7 +407,7 @@ int transpose_interpolation(const Arguments& a, LoadRow load_grad, const Columns
     for (int64_t task = 0; task < a.batch * a.feature_channels; ++task) {
       const int64_t n = task / a.feature_channels, c = a.image_channels + task % a.feature_channels;
       float* __restrict out = a.grad_features + task * voxels;
-      std::memset(out, 0, sizeof(float) * size_t(voxels));
+      if (!(a.zeroed & 1)) std::memset(out, 0, sizeof(float) * size_t(voxels));
       if (!ok) status = kNoMemory;
       if (!ok || dropped(a, n, c)) continue;
       const float scale = a.scale[n * (a.image_channels + a.feature_channels) + c];

@@ -37,7 +37,9 @@ struct FuseStreamsArguments {
   int32_t feature_norm;   // FeatureNorm
   float norm_a, norm_b;   // window: lo, hi; z-score: mean, standard deviation
   float eps;
-  int32_t threads;
+  int32_t threads;        // on the CPU
+  int32_t zeroed;         // forward: `out` reads as zeros already; backward: bit 0 grad_features, bit 1 grad_image
+  void* stream;           // on a GPU: cudaStream_t
 };
 }
 

@@ -27,6 +27,7 @@ class Arguments(ctypes.Structure):
         ("grad_features", ctypes.c_void_p), ("grad_image", NativeTensor),
         ("image_norm", ctypes.c_int32), ("feature_norm", ctypes.c_int32), ("norm_a", ctypes.c_float),
         ("norm_b", ctypes.c_float), ("eps", ctypes.c_float), ("threads", ctypes.c_int32),
+        ("zeroed", ctypes.c_int32), ("stream", ctypes.c_void_p),
     )
 
 
@@ -46,11 +47,11 @@ def refuses(tensors: list[Tensor]) -> str:
 
 def forward(
     image: Tensor, features: Tensor | None, scale: Tensor, out: Tensor, image_stats: Tensor, feature_stats: Tensor, *,
-    image_norm: tuple[str, float, float], feature_norm: str, eps: float,
+    image_norm: tuple[str, float, float], feature_norm: str, eps: float, zeroed: bool = False,
 ) -> None:
-    """Write `out` (N, C, D, H, W) and both statistics; see `fuse_streams`."""
+    """Write `out` (N, C, D, H, W) and both statistics; see `fuse_streams`. `zeroed`: `out` reads as zeros already."""
     arguments = _arguments(image.shape[1], features, scale, out, image_stats, feature_stats, image_norm, feature_norm, eps)
-    arguments.image = NativeTensor.of(image)
+    arguments.image, arguments.zeroed = NativeTensor.of(image), zeroed
     library.call("fuse_streams_forward", arguments)
 
 
@@ -58,12 +59,14 @@ def backward(
     grad: Tensor, image: Tensor | None, features: Tensor | None, scale: Tensor, image_stats: Tensor, feature_stats: Tensor,
     grad_image: Tensor | None, grad_features: Tensor | None, *,
     image_channels: int, image_norm: tuple[str, float, float], feature_norm: str, eps: float,
+    image_zeroed: bool = False, features_zeroed: bool = False,
 ) -> None:
-    """Write the gradients that are given: `grad_image` in its dtype, `grad_features` in float32."""
+    """Write the gradients that are given: `grad_image` in its dtype, `grad_features` in float32; `…_zeroed`: reads as zeros."""
     arguments = _arguments(image_channels, features, scale, grad, image_stats, feature_stats, image_norm, feature_norm, eps)
     # Where the forward had features and this call needs no gradient to them, they still count as channels of the draw.
     arguments.feature_channels = scale.shape[1] - image_channels
     arguments.image, arguments.grad_image = NativeTensor.of(image), NativeTensor.of(grad_image)
+    arguments.zeroed = features_zeroed | image_zeroed << 1
     arguments.grad_features = grad_features.data_ptr() if grad_features is not None else None
     library.call("fuse_streams_backward", arguments)
 

@@ -55,9 +55,9 @@ def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
 
 def forward(
     image: Tensor, features: Tensor | None, scale: Tensor, out: Tensor, image_stats: Tensor, feature_stats: Tensor, *,
-    image_norm: tuple[str, float, float], feature_norm: str, eps: float,
+    image_norm: tuple[str, float, float], feature_norm: str, eps: float, zeroed: bool = False,
 ) -> None:
-    """Write `out` (N, C, D, H, W) and both statistics; see `fuse_streams`."""
+    """Write `out` (N, C, D, H, W) and both statistics; see `fuse_streams`. `zeroed`: `out` reads as zeros already."""
     with _device_of(out):
         _forward(image, features, scale, out, image_stats, feature_stats, image_norm, feature_norm, eps)
 
@@ -86,8 +86,9 @@ def backward(
     grad: Tensor, image: Tensor | None, features: Tensor | None, scale: Tensor, image_stats: Tensor, feature_stats: Tensor,
     grad_image: Tensor | None, grad_features: Tensor | None, *,
     image_channels: int, image_norm: tuple[str, float, float], feature_norm: str, eps: float,
+    image_zeroed: bool = False, features_zeroed: bool = False,
 ) -> None:
-    """Write the gradients that are given: `grad_image` in its dtype, `grad_features` in float32."""
+    """Write the gradients that are given: `grad_image` in its dtype, `grad_features` in float32; `…_zeroed`: reads as zeros."""
     with _device_of(grad):
         _backward(grad, image, features, scale, image_stats, feature_stats, grad_image, grad_features,
                   image_channels, image_norm, feature_norm, eps)
