@@ -1,61 +1,64 @@
-"""`fuse_streams` beside what a user would write instead: the recipe in eager torch, and under torch.compile.
+"""The cases of ``python -m dropgen_fast.bench --suite op`` through pytest-benchmark, a group for each case and direction.
 
     pytest benchmarks --benchmark-only
 
-Each case runs N = 2, 96³ voxels, one image channel and 16 feature channels, p = 0.75, the features on the image's grid
-or 2 or 4 times coarser. Compare the rows of one run with each other: absolute times depend on the machine and its load.
+For looking into one case: ``-k "float32-stride2-backward"``. Ways run one after the other here, not interleaved, so take
+ratios and shares of bandwidth from the command.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from dropgen_fast import fuse_streams
+from dropgen_fast.bench import op
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIZE, FEATURES, RATE = 96, 16, 0.75
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WAYS: dict[str, Callable[[op.Case], op.Way]] = {"ours": op.ours, "eager": op.eager, "compile": op.compiled, "monai": op.monai}
 
 
-def recipe(image: Tensor, features: Tensor) -> Tensor:
-    """Steps 1 to 4 of the method, as the reference writes them."""
-    lo, hi = image.amin((1, 2, 3, 4), keepdim=True), image.amax((1, 2, 3, 4), keepdim=True)
-    if features.shape[2:] != image.shape[2:]:
-        features = F.interpolate(features, size=image.shape[2:], mode="trilinear", align_corners=False)
-    return F.dropout3d(torch.cat([((image - lo) / (hi - lo)).to(features.dtype), F.instance_norm(features)], 1), RATE)
+@lru_cache(maxsize=1)
+def prepared(case: op.Case) -> tuple[op.Inputs, list[op.Draw]]:
+    """Inputs and draws, kept for the next way of the same case."""
+    return op.Inputs.make(case, DEVICE), op.draws(case, DEVICE)
 
 
-def fused(image: Tensor, features: Tensor) -> Tensor:
-    """The op."""
-    return fuse_streams(image, features, p=RATE)
-
-
-WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "fused": fused, "eager": recipe, "compiled": torch.compile(recipe, dynamic=False)}
-
-
-@pytest.mark.parametrize("direction", ["forward", "both"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("stride", [1, 2, 4])
 @pytest.mark.parametrize("way", WAYS)
-def bench_fuse_streams(benchmark: Callable[..., None], way: str, stride: int, dtype: torch.dtype, direction: str) -> None:
-    """One way of fusing, forward alone or forward and backward to the features."""
-    torch.manual_seed(0)
-    image = torch.randn(2, 1, SIZE, SIZE, SIZE, device=DEVICE)
-    features = torch.randn(2, FEATURES, *[SIZE // stride] * 3, device=DEVICE, dtype=dtype, requires_grad=direction == "both")
+@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+@pytest.mark.parametrize("case", op.cases(op.OpConfig(), DEVICE), ids=lambda case: case.name.replace(".", "-"))
+def bench_fuse_streams(benchmark: Any, case: op.Case, direction: str, way: str) -> None:
+    """One direction of one case in one way."""
+    torch.compiler.reset()
+    call, (inputs, seeds), number = WAYS[way](case), prepared(case), 0
 
-    def run() -> None:
-        out = WAYS[way](image, features)
-        if direction == "both":
-            features.grad = None
-            out.backward(out.detach())
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+    def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        nonlocal number
+        torch.manual_seed(seeds[number % len(seeds)].seed)
+        image, features = inputs.pair(number)
+        gradient = inputs.gradients[number % len(inputs.gradients)]
+        features = features.detach().requires_grad_(direction != "forward")
+        number += 1
+        out = call(image, features) if direction == "backward" else None
+        synchronize()
+        return (image, features, gradient, out), {}
 
-    run()  # compiles
-    benchmark.group = f"{direction}, {str(dtype).removeprefix('torch.')}, stride {stride}"
-    benchmark.pedantic(run, rounds=10, warmup_rounds=2)
+    def run(image: torch.Tensor, features: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor | None) -> None:
+        if out is None:
+            out = call(image, features)
+        if direction != "forward":
+            torch.autograd.grad(out, features, gradient)
+        synchronize()
+
+    benchmark.group = f"{case.name}.{direction}"
+    with torch.random.fork_rng(devices=[DEVICE] if DEVICE.type == "cuda" else []):
+        benchmark.pedantic(run, setup=setup, rounds=op.DRAWS, warmup_rounds=2)
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dropgen_fast.features import load_extractor
     from dropgen_fast.fusion import StreamFusion
-    from dropgen_fast.kernels.fuse_streams import Window, ZScore, fuse_streams
+    from dropgen_fast.kernels.fuse_streams import RateSchedule, Window, ZScore, fuse_streams
     from dropgen_fast.model import DropGen
 
 __version__ = "0.1.0"
-__all__ = ["DropGen", "StreamFusion", "Window", "ZScore", "fuse_streams", "load_extractor"]
+__all__ = ["DropGen", "RateSchedule", "StreamFusion", "Window", "ZScore", "fuse_streams", "load_extractor"]
 
 _HOMES = {
     "DropGen": "model",
+    "RateSchedule": "kernels.fuse_streams",
     "StreamFusion": "fusion",
     "Window": "kernels.fuse_streams",
     "ZScore": "kernels.fuse_streams",

@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train DropGen, or ERM to compare with, on a prepared store",
     "predict": "segment NIfTI images with a trained run, in their original geometry",
     "evaluate": "score predictions against labels: Dice and HD95 per case and class",
+    "bench": "measure speed on this machine beside what one would write instead, as rows, a table and a picture",
     "demo": "the whole of it on real MR data that ships with a dependency, with a report at the end",
 }
 

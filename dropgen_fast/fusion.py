@@ -5,20 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dropgen_fast.kernels.fuse_streams import ImageNorm, fuse_streams
+from dropgen_fast.kernels.fuse_streams import ImageNorm, Rate, RateSchedule, check_rates, fuse_streams
 
 
 class StreamFusion(nn.Module):
     """Normalize, interpolate, concatenate and drop the image and feature streams, in one pass.
 
-    Drops in training mode only. Has no parameters. The settings are those of `fuse_streams`, where each is described.
+    Drops in training mode only. Has no parameters and no state. The settings are those of `fuse_streams`, where each is
+    described, but for:
+
+    Args:
+        p: a rate or a pair, constant; or a `RateSchedule`, whose rates the training's steps set (`set_step`). Then the rates
+            live in a tensor on the module's device, so that a compiled module is not compiled anew and a captured graph
+            replays with the rates of its step. A schedule of one knot is a p that `set_rates` may change.
     """
+
+    rate_bits: Tensor | None
 
     def __init__(
         self,
-        p: float | tuple[float, float] = 0.75,
+        p: Rate | RateSchedule = 0.75,
         *,
         mode: str = "channel",
+        at_least_one: bool = False,
         image_norm: ImageNorm = "minmax",
         feature_norm: str = "instance",
         eps: float = 1e-5,
@@ -30,6 +39,7 @@ class StreamFusion(nn.Module):
         super().__init__()
         self.p = p
         self.mode = mode
+        self.at_least_one = at_least_one
         self.image_norm = image_norm
         self.feature_norm = feature_norm
         self.eps = eps
@@ -37,17 +47,48 @@ class StreamFusion(nn.Module):
         self.channels_last = memory_format == torch.channels_last_3d  # torch.save cannot pickle a memory_format
         self.channel_multiple = channel_multiple
         self.backend = backend
+        # The bits of two float32: they follow the module to a device, and .half() and the like leave integers as they are.
+        bits = torch.zeros(2, dtype=torch.int32) if isinstance(p, RateSchedule) else None
+        self.register_buffer("rate_bits", bits, persistent=False)
+        if not isinstance(p, RateSchedule):
+            check_rates(p, mode)
+        elif p.mode != mode:
+            raise ValueError(f"p must be a schedule for mode {mode!r}, got one for {p.mode!r}")
+        self.set_step(0)
+
+    @property
+    def rates(self) -> Tensor | None:
+        """(2,) float32, the drop rates of the image and of the features as they stand; None where p is constant."""
+        return self.rate_bits.view(torch.float32) if self.rate_bits is not None else None
+
+    def set_rates(self, p: Rate) -> None:
+        """Set the drop rates, in place: compiled modules and captured graphs go on with them.
+
+        Raises:
+            ValueError: rates that do not fit the mode, or a module whose p is constant.
+        """
+        if self.rates is None:
+            raise ValueError(f"p must be a RateSchedule for rates to be set, got the constant {self.p!r}")
+        with torch.no_grad():
+            for rate, value in zip(self.rates.unbind(), check_rates(p, self.mode), strict=True):
+                rate.fill_(value)  # a number is an argument of the kernel: no copy from the host to wait for
+
+    def set_step(self, step: int) -> None:
+        """Set the drop rates to those that the schedule has at a step; where p is constant there is nothing to set."""
+        if isinstance(self.p, RateSchedule):
+            self.set_rates(self.p(step))
 
     def forward(self, image: Tensor, features: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """Image (N, Ci, D, H, W) and features (N, Cf, d, h, w) to the network's input (N, C, D, H, W)."""
         return fuse_streams(
-            image, features, p=self.p, training=self.training, mode=self.mode, keep=keep, image_norm=self.image_norm,
-            feature_norm=self.feature_norm, eps=self.eps, dtype=self.dtype,
+            image, features, p=self.p if self.rates is None else self.rates, training=self.training, mode=self.mode, keep=keep,
+            at_least_one=self.at_least_one, image_norm=self.image_norm, feature_norm=self.feature_norm, eps=self.eps,
+            dtype=self.dtype,
             memory_format=torch.channels_last_3d if self.channels_last else torch.contiguous_format,
             channel_multiple=self.channel_multiple, backend=self.backend,
         )
 
     def extra_repr(self) -> str:
         """What was set."""
-        return (f"p={self.p}, mode={self.mode}, image_norm={self.image_norm}, feature_norm={self.feature_norm}, "
-                f"channel_multiple={self.channel_multiple}, backend={self.backend}")
+        return (f"p={self.p}, mode={self.mode}, at_least_one={self.at_least_one}, image_norm={self.image_norm}, "
+                f"feature_norm={self.feature_norm}, channel_multiple={self.channel_multiple}, backend={self.backend}")

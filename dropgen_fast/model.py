@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dropgen_fast.errors import InputError
 from dropgen_fast.features import FrozenExtractor, load_extractor
 from dropgen_fast.fusion import StreamFusion
+from dropgen_fast.kernels.fuse_streams import Rate, RateSchedule
 from dropgen_fast.networks import build_network
 
 
@@ -67,6 +68,26 @@ class FusionConfig:
     """channel: the paper's, every channel on its own. stream: a sample's whole image, or the whole of its features."""
     p: tuple[float, ...] = (0.75,)
     """Drop rate; two numbers are the rate of the image and that of the features."""
+    p_start: tuple[float, ...] = (0.0,)
+    """Drop rate at the first step where p-ramp-steps is given; one number or two, as p."""
+    p_ramp_steps: int = 0
+    """Training steps over which the drop rate goes from p-start to p along a line; 0: p from the first step on."""
+    at_least_one: bool = False
+    """Of a sample whose channels would all be dropped, keep one."""
+
+    def __post_init__(self) -> None:
+        for name, p in (("p", self.p), ("p_start", self.p_start)):
+            if len(p) not in (1, 2):
+                raise InputError(f"fusion.{name} must be one drop rate or two (image, features), got {p}")
+        if self.p_ramp_steps < 0:
+            raise InputError(f"fusion.p_ramp_steps must be at least 0, got {self.p_ramp_steps}")
+        if self.p_ramp_steps == 0 and any(self.p_start):
+            raise InputError(f"fusion.p_start {self.p_start} needs fusion.p_ramp_steps, the steps that it takes to fusion.p")
+
+    def rates(self) -> Rate | RateSchedule:
+        """The p of `StreamFusion`; raises ValueError where it is out of range."""
+        start, p = (v[0] if len(v) == 1 else (v[0], v[1]) for v in (self.p_start, self.p))
+        return RateSchedule([(0, start), (self.p_ramp_steps, p)], self.mode) if self.p_ramp_steps else p
 
 
 @dataclass(frozen=True)
@@ -98,27 +119,21 @@ def build_model(config: ModelConfig, *, image_channels: int, classes: int, patch
         InputError: an extractor or network that cannot be had, or a patch that the network cannot take.
     """
     extractor = None
-    rates: float | tuple[float, float] = 0.0
     if config.method == "dropgen":
         extractor = load_extractor(config.extractor, stride=config.extractor_stride, weights=config.extractor_weights)
         extractor.check_patch(patch)
-        if len(config.fusion.p) not in (1, 2):
-            raise InputError(f"fusion.p must be one drop rate or two (image, features), got {config.fusion.p}")
-        rates = config.fusion.p[0] if len(config.fusion.p) == 1 else (config.fusion.p[0], config.fusion.p[1])
-    fusion = StreamFusion(
-        rates, mode=config.fusion.mode, image_norm="none", memory_format=torch.channels_last_3d,
-        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-    )
+    try:
+        fusion = StreamFusion(
+            config.fusion.rates() if config.method == "dropgen" else 0.0, mode=config.fusion.mode,
+            at_least_one=config.fusion.at_least_one, image_norm="none", memory_format=torch.channels_last_3d,
+            dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    except ValueError as error:
+        raise InputError(f"fusion: {error}") from error
     feature_channels = extractor.channels * image_channels if extractor is not None else 0
     network = build_network(config.network, image_channels + feature_channels, classes, patch,
                             network_options(config.network_options))
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stubs lack this form
-    model = DropGen(network, extractor, fusion)
-    try:  # a rate that does not fit is told now, not at the first step
-        fusion(torch.zeros(1, image_channels, 1, 1, 1), torch.zeros(1, feature_channels, 1, 1, 1) if feature_channels else None)
-    except ValueError as error:
-        raise InputError(f"fusion: {error}") from error
-    return model
+    return DropGen(network, extractor, fusion)
 
 
 def extractor_identity(model: DropGen) -> dict[str, Any] | None:

@@ -83,6 +83,8 @@ class TrainConfig:
             raise InputError(f"weight_decay must not be negative, got {self.weight_decay}")
         if not 0 <= self.warmup_steps < self.steps:
             raise InputError(f"warmup_steps must be at least 0 and less than steps = {self.steps}, got {self.warmup_steps}")
+        if self.model.fusion.p_ramp_steps > self.steps:
+            raise InputError(f"fusion.p_ramp_steps must be at most steps = {self.steps}, got {self.model.fusion.p_ramp_steps}")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed}")
         if not 0 <= self.foreground_fraction <= 1:
@@ -163,6 +165,7 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> torch.Tensor:
         """One optimizer step; the loss, still on its device."""
+        self.model.fusion.set_step(self.step)
         image = batch.image.to(self.device, non_blocking=True)
         label = batch.label.to(self.device, non_blocking=True)
         loss: torch.Tensor = self.loss(self.model(image).float(), label)

@@ -1,33 +1,72 @@
 """Memory for large results on the CPU.
 
-torch's CPU allocator maps every large tensor anew and the kernel then hands it out in pages of 4 KiB, each a fault: for a
-result of 100 MB that takes several times as long as writing it. Here the mapping is asked for in huge pages; and because
-the kernel hands out zeros, what is to be zero need not be written at all.
+torch's CPU allocator maps every large tensor anew, and the system hands a mapping out page by page: a fault for each 4 KiB,
+which for a result of 100 MB takes several times as long as writing it. Here a mapping is asked for in huge pages, and one
+whose tensors are gone is used again by the next result of its size, as the allocator of torch.cuda does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
+import sys
+import threading
 
 import torch
 from torch import Tensor
 
-LARGE = 4 << 20  # bytes; below, the allocator's own memory is warm and a mapping does not pay
+LARGE = 4 << 20  # bytes; below, torch's own memory is warm and a mapping does not pay
+KEPT = 2  # mappings that no tensor uses and that wait for the next: a result's and a gradient's
+
+_mappings: list[mmap.mmap] = []  # the last used comes last
+_lock = threading.Lock()
 
 
-def zeros_or_empty(
+def empty(
     shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format,
-) -> tuple[Tensor, bool]:
-    """A new CPU tensor, dense in the memory format, and whether it reads as zeros already; else its contents are undefined."""
-    layout = torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
-    size = layout.numel() * layout.element_size()
-    if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, memory_format=memory_format), False
-    try:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:  # no room: torch says so in its own words
-        return torch.empty(shape, dtype=dtype, memory_format=memory_format), False
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, layout.stride()), True
+) -> Tensor:
+    """A new CPU tensor, dense in the memory format, its contents undefined. A large one cannot be resized."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = _mapping(size) if size >= LARGE and hasattr(mmap, "MADV_HUGEPAGE") else None
+    if memory is None:
+        return torch.empty(shape, dtype=dtype, memory_format=memory_format)
+    flat = torch.frombuffer(memory, dtype=dtype)
+    if memory_format != torch.channels_last_3d:
+        return flat.view(shape)
+    return flat.view(shape[0], *shape[2:], shape[1]).permute(0, 4, 1, 2, 3)
+
+
+def release() -> None:
+    """Give back to the system what waits for the next result. Tensors in use are not touched."""
+    with _lock:
+        _mappings[:] = [_mappings[i] for i in range(len(_mappings)) if _references(_mappings, i) > UNUSED]
+
+
+def _mapping(size: int) -> mmap.mmap | None:
+    """Memory of `size` bytes that no tensor uses; None where there is none to be had."""
+    with _lock:
+        unused = [i for i in range(len(_mappings)) if _references(_mappings, i) <= UNUSED]
+        for i in reversed(unused):
+            if len(_mappings[i]) == size:
+                _mappings.append(_mappings.pop(i))
+                return _mappings[-1]
+        for i in reversed(unused[:max(0, len(unused) - KEPT + 1)]):
+            del _mappings[i]
+        try:
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:  # no room: torch says so in its own words
+            return None
+        with contextlib.suppress(OSError):  # a system without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        _mappings.append(memory)
+        return memory
+
+
+def _references(items: list[mmap.mmap], i: int) -> int:
+    """How many hold an item: the storage of a tensor that `torch.frombuffer` made of it does, until its last view is gone."""
+    return sys.getrefcount(items[i])
+
+
+UNUSED = _references([mmap.mmap(-1, mmap.PAGESIZE)], 0)
+"""What `_references` says of an item that nothing but its list holds: that depends on the interpreter's version."""

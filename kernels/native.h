@@ -10,6 +10,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #define DGF_JOIN2(a, b, c) a##b##c
 #define DGF_JOIN(a, b, c) DGF_JOIN2(a, b, c)
 
@@ -157,15 +161,39 @@ inline StoreRow store_for(int32_t type) {
   }
 }
 
-// Scratch memory of one thread, freed with its scope. `data` is null when there is no memory.
+constexpr int64_t kLine = 64;  // bytes of a cache line, and of the widest vector
+constexpr int64_t kLineFloats = kLine / sizeof(float);
+constexpr int64_t kUncached = 8 << 20;  // bytes from which a tensor is no longer looked for in a cache
+inline int64_t whole_lines(int64_t floats) { return (floats + kLineFloats - 1) / kLineFloats * kLineFloats; }
+
+// Scratch memory of one thread, freed with its scope, on a cache line. `data` is null when there is no memory.
 template <class T>
 struct Scratch {
   T* data;
-  explicit Scratch(int64_t n) : data(static_cast<T*>(std::malloc(sizeof(T) * size_t(n > 0 ? n : 1)))) {}
+  explicit Scratch(int64_t n) {
+    const size_t bytes = (sizeof(T) * size_t(n > 0 ? n : 1) + kLine - 1) / kLine * kLine;
+    data = static_cast<T*>(aligned_alloc(kLine, bytes));
+  }
   ~Scratch() { std::free(data); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 };
+
+// Zeros in part of a tensor of `whole` bytes. In a large one past the cache: a line that is written whole need not be read
+// first, and what the cache holds stays there.
+inline void clear(void* data, int64_t bytes, [[maybe_unused]] int64_t whole) {
+  char *at = static_cast<char*>(data), *end = at + bytes;
+#if defined(__SSE2__)
+  char* aligned = at + (-reinterpret_cast<uintptr_t>(at) & (kLine - 1));
+  if (whole >= kUncached && end - aligned >= kLine) {
+    std::memset(at, 0, size_t(aligned - at));
+    for (at = aligned; end - at >= kLine; at += kLine)
+      for (int part = 0; part < kLine; part += 16) _mm_stream_si128(reinterpret_cast<__m128i*>(at + part), _mm_setzero_si128());
+    _mm_sfence();
+  }
+#endif
+  std::memset(at, 0, size_t(end - at));
+}
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 

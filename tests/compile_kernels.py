@@ -1,56 +1,209 @@
-"""Compile fuse_streams' Triton kernels for a GPU that need not be here: ``python compile_kernels.py 90``.
+"""Compile fuse_streams' Triton kernels for GPUs that need not be here: ``python compile_kernels.py 80 90 100``.
 
-Prints a line a kernel: its name and the bytes of its machine code. A program of its own because Triton's interpreter,
-which the tests run in, takes the compiler's place in a process.
+Every case is a call as users make it, on tensors without memory. Its launches are written down instead of run, and compiled
+with the specialization that Triton's just-in-time compiler would give them: a number that is 1 is a constant, pointers and
+numbers that 16 divides are marked so. Prints JSON lines: of each case which kernels are launched, of each launch that differs
+from those before it the registers, the memory that registers were spilled to, and global loads and stores by width.
 
-Triton makes an integer argument that is 1 a constant, so the kernels that divide by a size are compiled for that too.
+A program of its own because Triton's interpreter, which the tests run in, takes the compiler's place in a process.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
 import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import dropgen_fast.kernels.fuse_streams.triton as kernels
 
-POINTERS = {"image": "*fp32", "features": "*bf16", "out": "*bf16", "grad": "*bf16", "grad_image": "*fp32",
-            "scale": "*fp32", "image_stats": "*fp32", "feature_stats": "*fp32", "stats": "*fp32", "partial": "*fp32",
-            "sums": "*fp32"}
-SCALARS = {"eps": "fp32", "norm_a": "fp32", "norm_b": "fp32"}
-BLOCK = {"BLOCK": 1024}
-CASES: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
-    (kernels._image_chunks, BLOCK | {"CHUNKS": 64}, {}),
-    (kernels._channel_chunks, BLOCK | {"CHUNKS": 64}, {}),
-    (kernels._combine, {"CHUNKS": 64}, {}),
-    *[(kernels._voxel_statistics, BLOCK | {"STANDARD": s}, {}) for s in (True, False)],
-    *[(kernels._fuse, {"IMAGE_NORM": i, "FEATURE_NORM": f, "HAS_FEATURES": True, "SAME": same, "BLOCK_C": c, "BLOCK_V": v}, {})
-      for i, f, same, c, v in [(0, 0, True, 1, 1024), (0, 0, False, 1, 1024), (2, 1, False, 32, 64), (3, 3, True, 32, 64)]],
-    (kernels._fuse, {"IMAGE_NORM": 1, "FEATURE_NORM": 0, "HAS_FEATURES": False, "SAME": True, "BLOCK_C": 1, "BLOCK_V": 1024}, {}),
-    *[(kernels._fuse, {"IMAGE_NORM": 0, "FEATURE_NORM": 0, "HAS_FEATURES": True, "SAME": False, "BLOCK_C": 1, "BLOCK_V": 1024,
-                       size: 1, coarse: 1}, {}) for size, coarse in zip("DHW", "dhw", strict=True)],
-    *[(kernels._transpose_interpolation, BLOCK | {size: 1, coarse: 1}, {"out": "*fp32"})
-      for size, coarse in zip("DHW", "dhw", strict=True)],
-    *[(kernels._image_backward, BLOCK | {"WINDOW": w}, {}) for w in (True, False)],
-    (kernels._transpose_interpolation, BLOCK, {"out": "*fp32"}),
-    (kernels._instance_norm_sums, BLOCK, {"grad": "*fp32"}),
-    (kernels._instance_norm_backward, BLOCK, {"grad": "*fp32"}),
-    *[(kernels._voxel_norm_backward, BLOCK | {"STANDARD": s}, {"grad": "*fp32"}) for s in (True, False)],
-]
+CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int16: "*i16", torch.uint8: "*u8"}
+LAST = torch.channels_last_3d
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "dense") -> Tensor:
+    """A tensor without memory: "dense", channels-"last", a "crop" of a larger one."""
+    if layout == "crop":
+        return torch.empty(*(n + 2 for n in shape), dtype=dtype, device="meta")[tuple(slice(1, n + 1) for n in shape)]
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=LAST if layout == "last" else torch.contiguous_format)
+
+
+class Recorder:
+    """Takes a kernel's place and writes its launches down."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            if not all(0 < n < limit for n, limit in zip(grid, (2**31, 2**16, 2**16), strict=False)):
+                raise ValueError(f"{self.kernel.__name__} was given the grid {grid}")
+            self.launches.append((self.kernel, arguments, options))
+        return launch
+
+
+def record(call: Callable[[], None]) -> list[Launch]:
+    """The launches of a call."""
+    launches: list[Launch] = []
+    found = {name: value for name, value in vars(kernels).items() if isinstance(value, triton.JITFunction)}
+    try:
+        for name, kernel in found.items():
+            setattr(kernels, name, Recorder(kernel, launches))
+        call()
+    finally:
+        for name, kernel in found.items():
+            setattr(kernels, name, kernel)
+    return launches
+
+
+def launches_of(
+    size: tuple[int, ...] = (128, 128, 128), grid: tuple[int, ...] | None = None, *, n: int = 4, channels: int = 16,
+    image_channels: int = 1, dtype: torch.dtype = torch.bfloat16, image_dtype: torch.dtype = torch.float32,
+    image_layout: str = "dense", features_layout: str = "dense", grad_layout: str = "dense", out_layout: str = "dense",
+    multiple: int = 1, image_norm: tuple[str, float, float] = ("minmax", 0.0, 0.0), feature_norm: str = "instance",
+    backward: bool = True,
+) -> dict[str, list[Launch]]:
+    """Launches of the forward and of the backward to both inputs.
+
+    `channels` 0: no features; `grid` None: features of the image's size.
+    """
+    grid = grid or size
+    image = empty((n, image_channels, *size), image_dtype, image_layout)
+    features = empty((n, channels, *grid), dtype, features_layout) if channels else None
+    streams = image_channels + channels
+    scale, image_stats = empty((n, streams), torch.float32), empty((n, 2), torch.float32)
+    feature_stats = empty((n, channels, 2) if feature_norm == "instance" else (n, 2, *grid), torch.float32)
+    result = (n, -(-streams // multiple) * multiple, *size)
+    norms: dict[str, Any] = {"image_norm": image_norm, "feature_norm": feature_norm, "eps": 1e-5}
+    out = empty(result, dtype, out_layout)
+    found = {"forward": record(lambda: kernels.forward(image, features, scale, out, image_stats, feature_stats, **norms))}
+    if backward:
+        grad = empty((), dtype).expand(result) if grad_layout == "expanded" else empty(result, dtype, grad_layout)
+        found["backward"] = record(lambda: kernels.backward(
+            grad, image, features, scale, image_stats, feature_stats, empty(tuple(image.shape), image_dtype),
+            empty(tuple(features.shape), torch.float32) if features is not None else None,
+            image_channels=image_channels, **norms))
+    return found
+
+
+HALF, QUARTER, ODD = (64, 64, 64), (32, 32, 32), (48, 48, 48)
+FLOAT: dict[str, Any] = {"dtype": torch.float32}
+WIDE: dict[str, Any] = {"out_layout": "last", "features_layout": "last", "grad_layout": "last", "multiple": 8, "backward": False}
+HOT: dict[str, dict[str, Any]] = {
+    "same": {}, "same float32": FLOAT,
+    "half": {"grid": HALF}, "half float32": {"grid": HALF, **FLOAT},
+    "quarter": {"grid": QUARTER}, "arbitrary": {"grid": ODD},
+    "last same": WIDE, "last half": {"grid": HALF, **WIDE},
+    "last half of dense": {"grid": HALF, **WIDE, "features_layout": "dense"},
+}
+GENERAL: dict[str, dict[str, Any]] = {
+    "quarter float32": {"grid": QUARTER, **FLOAT}, "arbitrary float32": {"grid": ODD, **FLOAT},
+    "eighth": {"grid": (16, 16, 16)}, "third": {"size": (96, 96, 96), "grid": (32, 32, 32)},
+    "flat z": {"grid": (128, 64, 64)}, "flat y": {"grid": (64, 128, 64)}, "flat x": {"grid": (64, 64, 128)},
+    "by 8": {"size": (40, 72, 72), "grid": (20, 36, 36)},
+    "odd": {"size": (33, 40, 65), "grid": (17, 20, 33), "n": 1},
+    "long rows": {"size": (8, 64, 1024), "grid": (4, 32, 512)},
+    "crops": {"size": (33, 40, 65), "image_layout": "crop", "features_layout": "crop", "grad_layout": "crop"},
+    "crops half": {"grid": HALF, "image_layout": "crop", "features_layout": "crop", "grad_layout": "crop", **FLOAT},
+    "from last": {"features_layout": "last", "grad_layout": "last", "image_dtype": torch.int16},
+    "from last half": {"grid": HALF, "features_layout": "last", "grad_layout": "last"},
+    "expanded": {"grad_layout": "expanded"}, "expanded half": {"grid": HALF, "grad_layout": "expanded"},
+    **{f"one {axis}": {"size": tuple(1 if k == i else 16 for k in range(3)), "grid": tuple(1 if k == i else 8 for k in range(3))}
+       for i, axis in enumerate("zyx")},
+    "to one": {"size": (16, 16, 16), "grid": (1, 1, 1), "channels": 1, "n": 1},
+    "one voxel": {"size": (1, 1, 1), "channels": 1, "n": 1},
+    "unit": {"feature_norm": "unit", "image_norm": ("window", -1.0, 1.0)},
+    "unit half": {"grid": HALF, "feature_norm": "unit", "image_norm": ("none", 0.0, 0.0), "image_dtype": torch.uint8},
+    "standard half": {"grid": HALF, "feature_norm": "standard", "image_norm": ("zscore", 0.5, 2.0)},
+    "standard crops": {"size": (33, 40, 65), "feature_norm": "standard", "features_layout": "crop", "grad_layout": "crop"},
+    "none of either": {"feature_norm": "none", "image_norm": ("none", 0.0, 0.0)},
+    "none": {"feature_norm": "none"}, "none half": {"grid": HALF, "feature_norm": "none"},
+    "image": {"channels": 0, "image_channels": 3},
+    "last image": {"channels": 0, "image_channels": 3, **WIDE},
+    "huge": {"size": (512, 512, 512), "grid": (256, 256, 256), "channels": 31, "n": 2},
+    "huge last": {"size": (512, 512, 512), "channels": 31, "n": 2, **WIDE},
+    "last odd": {"size": (33, 40, 65), "grid": (17, 20, 33), "image_channels": 2, **WIDE, "multiple": 1},
+    "last crops": {"size": (33, 40, 65), **WIDE, "features_layout": "crop", "image_layout": "crop"},
+    "last unit": {"grid": HALF, "feature_norm": "unit", **WIDE},
+    "last arbitrary": {"grid": ODD, **WIDE, **FLOAT},
+}
+
+
+def specialize(arguments: dict[str, Any], constants: dict[str, Any]) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """(signature, constants, attributes) as the just-in-time compiler derives them from the values of a launch."""
+    signature: dict[str, str] = {}
+    attributes: dict[Any, Any] = {}
+    fixed: dict[Any, Any] = {}
+    for index, (name, value) in enumerate({**arguments, **constants}.items()):
+        if name in constants or (isinstance(value, int) and value == 1):
+            signature[name], fixed[(index,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            # An offset into other memory is what a crop's pointer has; allocations start at multiples of 512 bytes.
+            signature[name] = TYPES[value.dtype]
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, fixed, attributes
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and bytes of its stack and local memory: what registers are spilled to."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {key: int(re.search(rf"\b{word}:(\d+)", said)[1])  # type: ignore[index]
+            for key, word in (("registers", "REG"), ("stack", "STACK"), ("local", "LOCAL"))}
+
+
+def accesses(ptx: str) -> dict[str, int]:
+    """Global loads and stores by width: {"ld 128": 12, …}."""
+    found: Counter[str] = Counter()
+    for kind, vector, bits in re.findall(r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx):
+        found[f"{kind} {int(vector or 1) * int(bits)}"] += 1
+    return dict(found)
 
 
 def main() -> None:
-    """Compile every case for the compute capability given."""
-    target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    for kernel, constants, types in CASES:
-        signature = {name: "constexpr" if name in constants else (POINTERS | SCALARS | types).get(name, "i32")
-                     for name in kernel.arg_names}
-        constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        compiled = triton.compile(ASTSource(kernel, signature, constexprs=constexprs), target=target)
-        print(kernel.__name__, len(compiled.asm["cubin"]))
+    """Compile the hot cases for each compute capability given, the general ones for the first."""
+    capabilities = [int(word) for word in sys.argv[1:]]
+    for capability in capabilities:
+        done = set()
+        for case, settings in {**HOT, **(GENERAL if capability == capabilities[0] else {})}.items():
+            launches = launches_of(**settings)
+            print(json.dumps({"case": case, **{way: [kernel.__name__ for kernel, _, _ in launches[way]] for way in launches}}))
+            for kernel, values, options in (launch for way in launches.values() for launch in way):
+                constants = {name: value for name, value in options.items() if name in kernel.arg_names}
+                told = {name: value for name, value in options.items() if name not in constants}
+                names = [name for name in kernel.arg_names if name not in constants]
+                ordered = {name: constants[name] for name in kernel.arg_names[len(names):]}
+                signature, fixed, attributes = specialize(dict(zip(names, values, strict=True)), ordered)
+                key = str((kernel.__name__, signature, fixed, attributes, told))
+                if key in done:
+                    continue
+                done.add(key)
+                compiled = triton.compile(ASTSource(kernel, signature, constexprs=fixed, attrs=attributes),
+                                          target=GPUTarget("cuda", capability, 32), options=told)
+                print(json.dumps({"capability": capability, "case": case, "kernel": kernel.__name__,
+                                  **resources(compiled.asm["cubin"]), **accesses(compiled.asm["ptx"])}), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,3 +20,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(params=("reference", "native", "triton"))
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend of `fuse_streams` by name."""
+    from dropgen_fast.kernels.fuse_streams import available_backends  # not at the top: Triton reads TRITON_INTERPRET at import
+
+    if reason := available_backends()[request.param]:
+        pytest.fail(f"{request.param} must be here for the tests: {reason}")
+    return str(request.param)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from dropgen_fast import DropGen, StreamFusion, load_extractor
@@ -133,6 +134,13 @@ def test_under_compile(name: str, stride: int) -> None:
     model = DropGen(nn.Conv3d(1 + extractor.channels, 2, 1), extractor).eval()
     image = torch.rand(1, 1, 4, 5, 6)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(image), model(image))
+
+
+def test_a_metatensor_is_an_image_too() -> None:
+    image = torch.rand(1, 1, 8, 8, 8)
+    features = load_extractor("mind")(MetaTensor(image))
+    assert type(features) is torch.Tensor
+    assert torch.equal(features, load_extractor("mind")(image))
 
 
 def test_channels_go_through_one_by_one(extractor: FrozenExtractor) -> None:

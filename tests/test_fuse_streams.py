@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import subprocess
@@ -12,62 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fuse_streams_cases import IMAGE_NORMS, TOLERANCE, close, definition, half_of, layouts, streams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dropgen_fast import StreamFusion, Window, ZScore, fuse_streams
-from dropgen_fast.kernels.fuse_streams import FEATURE_NORMS, available_backends, draw_scale, native, pack_image_norm, reference
-
-BACKENDS = ("reference", "native", "triton")
-# Half a unit in the last place of the result, relative to its own size, and float32's share of the arithmetic before it:
-# about 40 roundings of values that instance norm may have made 10 times larger than their standard deviation.
-TOLERANCE = {torch.float32: (3e-6, 5e-5), torch.float16: (2**-11, 1e-4), torch.bfloat16: (2**-8, 1e-4)}
-IMAGE_NORMS = {"minmax": "minmax", "none": "none", "window": Window(-0.5, 0.8), "zscore": ZScore(0.3, 1.7)}
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    if reason := available_backends()[request.param]:
-        pytest.fail(f"{request.param} must be here for the tests: {reason}")
-    return str(request.param)
-
-
-def streams(
-    shape: tuple[int, ...] = (2, 1, 6, 7, 9), grid: tuple[int, ...] = (3, 7, 4), channels: int = 5, *,
-    dtype: torch.dtype = torch.float32, image_dtype: torch.dtype = torch.float32, seed: int = 0,
-) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    image = torch.randn(shape, generator=generator)
-    image = (image * 40 + 100).clamp(0, 255).to(image_dtype) if not image_dtype.is_floating_point else image.to(image_dtype)
-    return image, (torch.randn((shape[0], channels, *grid), generator=generator) * 2 + 1).to(dtype)
-
-
-def half_of(n: int, c: int, seed: int = 1) -> Tensor:
-    """A draw in which some channels are dropped and some are kept."""
-    keep = torch.rand(n, c, generator=torch.Generator().manual_seed(seed)) < 0.6
-    keep[:, 0], keep[:, -1] = True, False
-    return keep
-
-
-def definition(
-    image: Tensor, features: Tensor | None, keep: Tensor, *, p: float = 0.75, mode: str = "channel", **kwargs: Any,
-) -> Tensor:
-    """The definition in float64, from the very values that the backend was given."""
-    cf = features.shape[1] if features is not None else 0
-    scale = draw_scale(image.shape[0], image.shape[1], cf, (p, p), mode=mode, keep=keep)
-    options = {"image_norm": "minmax", "feature_norm": "instance", "eps": 1e-5} | kwargs
-    options["image_norm"] = pack_image_norm(options["image_norm"])
-    return reference.fuse_streams(image.double(), features.double() if features is not None else None, scale.double(),
-                                  dtype=torch.float64, **options)
-
-
-def close(result: Tensor, wanted: Tensor, scale: float = 1.0, *, backend: str = "") -> None:
-    relative, absolute = TOLERANCE[result.dtype]
-    if result.dtype == torch.bfloat16 and backend == "triton" and not result.is_cuda:
-        relative *= 2  # Triton's interpreter cuts float32 to bfloat16 off where a GPU rounds it: a whole unit, not half
-    torch.testing.assert_close(result.double(), wanted, rtol=relative, atol=absolute * scale)
-
+from dropgen_fast import Window, fuse_streams
+from dropgen_fast.kernels.fuse_streams import FEATURE_NORMS, native
 
 # ---- the definition itself, against other people's code --------------------------------------------------------------
 
@@ -144,13 +94,6 @@ def test_image_types(backend: str, image_dtype: torch.dtype) -> None:
     close(result, definition(image, features, keep, p=0.0))
     assert result[:, 0].amin() == 0
     assert result[:, 0].amax() == 1
-
-
-def layouts(t: Tensor) -> list[Tensor]:
-    """The same values: dense, channels-last, every other voxel of a larger tensor, axes exchanged."""
-    wide = torch.zeros(*t.shape[:4], 2 * t.shape[4], dtype=t.dtype)[..., ::2].copy_(t)
-    turned = t.transpose(2, 4).contiguous().transpose(2, 4)
-    return [t, t.contiguous(memory_format=torch.channels_last_3d), wide, turned]
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
@@ -239,23 +182,6 @@ def test_nan_spoils_its_voxel_in_unit_norm(backend: str) -> None:
     wrong = ~fuse_streams(image, features, p=0.0, feature_norm="unit", backend=backend).isfinite()
     assert wrong[0, 1:, 2, 3, 4].all()
     assert wrong.sum() == 5
-
-
-@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
-def test_default_dtype_does_not_reach_the_draw(backend: str, default: torch.dtype) -> None:
-    image, features = streams()
-    wanted = fuse_streams(image, features, p=0.0, backend=backend)
-    torch.set_default_dtype(default)
-    try:
-        assert torch.equal(fuse_streams(image, features, p=0.0, backend=backend), wanted)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def test_draw_counts_in_training_only(backend: str) -> None:
-    image, features = streams()
-    result = fuse_streams(image, features, keep=half_of(2, 6), training=False, backend=backend)
-    assert torch.equal(result, fuse_streams(image, features, p=0.0, backend=backend))
 
 
 def test_image_alone_is_float32_whatever_its_own() -> None:
@@ -372,69 +298,7 @@ def test_any_call(name: str, data: st.DataObject) -> None:
     close(result, wanted, scale=max(4.0, float(wanted.abs().max())))
 
 
-# ---- the draw --------------------------------------------------------------------------------------------------------
-
-
-def test_channel_draw() -> None:
-    torch.manual_seed(0)
-    scale = draw_scale(4000, 1, 4, (0.25, 0.75))
-    assert scale[:, 0].unique().tolist() == pytest.approx([0.0, 1 / 0.75])
-    assert scale[:, 1:].unique().tolist() == [0.0, 4.0]
-    # Standard error of a share of 4 000 draws is at most 0.008; five of them.
-    assert (scale[:, 0] == 0).float().mean() == pytest.approx(0.25, abs=0.04)
-    assert (scale[:, 1:] == 0).float().mean(0).tolist() == pytest.approx([0.75] * 4, abs=0.04)
-    assert torch.corrcoef(scale.T.double()).fill_diagonal_(0).abs().max() < 0.08  # each on its own
-
-
-def test_channel_draw_is_unbiased_as_torch_dropout() -> None:
-    torch.manual_seed(0)
-    assert draw_scale(20000, 1, 1, (0.75, 0.75)).mean() == pytest.approx(1.0, abs=5 * (3 / 40000) ** 0.5)
-
-
-def test_stream_draw() -> None:
-    torch.manual_seed(0)
-    scale = draw_scale(6000, 2, 3, (0.5, 0.3), mode="stream")
-    assert set(scale.unique().tolist()) == {0.0, 1.0}
-    image, features = scale[:, :2], scale[:, 2:]
-    assert (image.amin(1) == image.amax(1)).all()
-    assert (features.amin(1) == features.amax(1)).all()
-    assert ((image[:, 0] == 0) & (features[:, 0] == 0)).sum() == 0
-    assert (image[:, 0] == 0).float().mean() == pytest.approx(0.5, abs=0.033)
-    assert (features[:, 0] == 0).float().mean() == pytest.approx(0.3, abs=0.03)
-
-
-def test_one_rate_in_stream_mode_is_the_images() -> None:
-    image, features = streams()
-    torch.manual_seed(0)
-    result = torch.cat([fuse_streams(image, features, p=1.0, mode="stream") for _ in range(5)])
-    assert not result[:, 0].any()
-    assert result[:, 1:].flatten(2).any(-1).all()
-
-
-@pytest.mark.parametrize("mode", ["channel", "stream"])
-@pytest.mark.parametrize("options", [{"p": 0.0}, {"training": False}])
-def test_nothing_is_dropped(backend: str, options: dict[str, Any], mode: str) -> None:
-    image, features = streams()
-    close(fuse_streams(image, features, backend=backend, mode=mode, **options),
-          definition(image, features, torch.ones(2, 6, dtype=torch.bool), p=0.0), scale=4)
-
-
-def test_p_near_one(backend: str) -> None:
-    image, features = streams()
-    keep = half_of(2, 6)
-    result = fuse_streams(image, features, p=0.9999, keep=keep, backend=backend)
-    close(result, definition(image, features, keep, p=0.9999), scale=4e4)
-
-
-def test_draw_follows_the_seed_on_every_backend() -> None:
-    image, features = streams((8, 1, 6, 7, 9))
-    drawn = []
-    for name in BACKENDS:
-        torch.manual_seed(7)
-        drawn.append(fuse_streams(image, features, p=0.5, backend=name).flatten(2).any(-1))
-    assert torch.equal(drawn[0], drawn[1])
-    assert torch.equal(drawn[0], drawn[2])
-    assert 0 < drawn[0].sum() < drawn[0].numel()
+# ---- threads and instruction sets ------------------------------------------------------------------------------------
 
 
 def test_threads_do_not_change_a_bit() -> None:
@@ -454,75 +318,6 @@ def test_threads_do_not_change_a_bit() -> None:
         assert torch.equal(grad, results[0][1])
 
 
-# ---- a citizen of torch ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["native", "triton"])
-@pytest.mark.parametrize("feature_norm", ["instance", "unit"])
-def test_opcheck(name: str, feature_norm: str) -> None:
-    image, features = (t.requires_grad_() for t in streams())
-    scale = draw_scale(2, 1, 5, (0.5, 0.5), keep=half_of(2, 6))
-    torch.library.opcheck(torch.ops.dropgen_fast.fuse_streams.default,
-                          (image, features, scale, "window", -0.5, 0.8, feature_norm, 1e-5, torch.float32, True, 8, name))
-
-
-@pytest.mark.parametrize("name", ["native", "reference"])
-@pytest.mark.parametrize("eps", [1e-5, 1e-3])
-def test_compile_dynamic_shapes(name: str, eps: float) -> None:
-    torch._dynamo.reset()
-    fusion = StreamFusion(0.5, backend=name, eps=eps)
-    compiled = torch.compile(fusion, fullgraph=True, dynamic=True, backend="inductor" if name == "native" else "aot_eager")
-    for seed, shape in enumerate([(4, 1, 6, 7, 9), (2, 1, 8, 5, 6)]):
-        image, features = streams(shape, (3, 5, 4), seed=seed)
-        keep = half_of(shape[0], 6)
-        torch.testing.assert_close(compiled(image, features, keep), fusion(image, features, keep))
-
-
-def test_export() -> None:
-    image, features = streams()
-    fusion = StreamFusion(0.5, backend="native").eval()
-    program = torch.export.export(fusion, (image, features))
-    torch.testing.assert_close(program.module()(image, features), fusion(image, features))
-
-
-def test_module_is_saved_and_copied() -> None:
-    buffer = io.BytesIO()
-    torch.save(StreamFusion(0.5, memory_format=torch.channels_last_3d), buffer)
-    buffer.seek(0)
-    image, features = streams()
-    loaded = torch.load(buffer, weights_only=False).eval()
-    assert loaded(image, features).is_contiguous(memory_format=torch.channels_last_3d)
-
-
-def test_op_refuses_a_wrong_draw() -> None:
-    image, features = streams()
-    for scale in (torch.ones(2, 6, dtype=torch.float64), torch.ones(1, 6), torch.ones(2, 5)):
-        with pytest.raises(ValueError, match=r"scale must be \(2, 6\) float32"):
-            torch.ops.dropgen_fast.fuse_streams(image, features, scale, "none", 0.0, 0.0, "none", 1e-5, torch.float32, False, 1,
-                                                "native")
-
-
-@pytest.mark.parametrize("name", ["native", "reference"])
-def test_compile_fullgraph(name: str) -> None:
-    image, features = streams((4, 1, 6, 7, 9))
-    torch._dynamo.reset()
-    fusion = StreamFusion(0.5, backend=name, memory_format=torch.channels_last_3d)
-    compiled = torch.compile(fusion, fullgraph=True, backend="aot_eager")
-    keep = half_of(4, 6)
-    torch.testing.assert_close(compiled(image, features, keep), fusion(image, features, keep))
-    assert compiled(image, features).stride() == fusion(image, features).stride()
-
-
-def test_module_follows_training_mode() -> None:
-    image, features = streams((16, 1, 6, 7, 9))
-    fusion = StreamFusion(0.75)
-    torch.manual_seed(0)
-    assert not fusion(image, features).flatten(2).any(-1).all()
-    assert fusion.eval()(image, features).flatten(2).any(-1).all()
-    assert not list(fusion.parameters())
-    assert not fusion.state_dict()
-
-
 def test_levels_of_the_cpu_agree() -> None:
     """The library holds code for several instruction sets; one per process is picked, so ask other processes."""
     program = ("import torch; from dropgen_fast import fuse_streams; torch.manual_seed(0)\n"
@@ -539,85 +334,121 @@ def test_levels_of_the_cpu_agree() -> None:
     assert found[0] == pytest.approx(found[2], rel=1e-5)
 
 
-# ---- ahead of time, for GPUs that are not here -----------------------------------------------------------------------
+# ---- what Triton's variants need -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_kernels_compile_for_gpus(capability: int) -> None:
-    """The interpreter accepts what the compiler refuses, so compile too; in a process where it is off."""
-    pytest.importorskip("triton.backends.nvidia.driver")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), "compile_kernels.py"), str(capability)],
-                          env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    names = {line.split()[0] for line in done.stdout.splitlines()}
-    assert {"_fuse", "_transpose_interpolation", "_image_chunks", "_channel_chunks", "_combine"} <= names
-    assert all(int(line.split()[1]) > 0 for line in done.stdout.splitlines()), done.stdout
+def triton_agrees(
+    shape: tuple[int, ...], grid: tuple[int, ...], channels: int, *, memory_format: torch.memory_format = torch.contiguous_format,
+    image_layout: int = 0, features_layout: int = 0, grad_layout: int = 0, dtype: torch.dtype = torch.float32, **options: Any,
+) -> None:
+    """Forward and both gradients against the definition; layouts as `layouts` counts them, 4 a box out of a larger tensor."""
+    def laid(tensor: Tensor, layout: int) -> Tensor:
+        if layout < 4:
+            return layouts(tensor)[layout]
+        larger = torch.full([n + 3 for n in tensor.shape], torch.nan, dtype=tensor.dtype)
+        return larger[tuple(slice(2, n + 2) for n in tensor.shape)].copy_(tensor)
 
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_on_a_gpu(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
-    image, features = streams((2, 1, 33, 40, 65), (17, 20, 33), 16, dtype=dtype, image_dtype=dtype)
-    keep = half_of(2, 17)
-    x, f = image.cuda().requires_grad_(), features.cuda().requires_grad_()
-    result = fuse_streams(x, f, keep=keep.cuda(), memory_format=memory_format, channel_multiple=8, backend="triton")
-    close(result.cpu(), definition(image, features, keep, channel_multiple=8), scale=4)
-    grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    result.backward(grad.cuda())
+    image, features = streams(shape, grid, channels, dtype=dtype)
+    features += torch.linspace(-3, 3, grid[2]).to(dtype) + torch.linspace(0, 2, grid[0])[:, None, None].to(dtype)
+    keep = half_of(shape[0], shape[1] + channels)
+    x, f = laid(image, image_layout).requires_grad_(), laid(features, features_layout).requires_grad_()
+    options = {"p": 0.5, "keep": keep, "eps": 1e-3} | options
+    result = fuse_streams(x, f, backend="triton", memory_format=memory_format, **options)
+    assert result.is_contiguous(memory_format=memory_format)
     exact = [t.double().requires_grad_() for t in (image, features)]
-    definition(*exact, keep, channel_multiple=8).backward(grad.double())
-    close(f.grad.cpu(), exact[1].grad, scale=float(exact[1].grad.abs().max()))
-    close(x.grad.cpu(), exact[0].grad, scale=float(exact[0].grad.abs().max()))
+    wanted = definition(*exact, **options)
+    close(result.detach(), wanted.detach(), scale=4, backend="triton")
+    grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    got = torch.autograd.grad(result, (x, f), laid(grad, grad_layout))
+    for g, w in zip(got, torch.autograd.grad(wanted, exact, grad.double()), strict=True):
+        close(g, w, scale=float(w.abs().max()), backend="triton")
 
 
-# ---- wrong calls -----------------------------------------------------------------------------------------------------
+RATIOS = [
+    ((8, 12, 18), (4, 6, 9)), ((8, 12, 20), (2, 3, 5)), ((8, 16, 24), (1, 2, 3)), ((9, 6, 15), (3, 2, 5)),  # whole ratios
+    ((6, 8, 20), (6, 4, 5)), ((8, 6, 9), (4, 6, 3)), ((4, 9, 20), (1, 3, 20)),  # another along each axis
+    ((9, 10, 20), (1, 1, 1)), ((7, 11, 23), (5, 3, 17)), ((10, 6, 13), (3, 5, 13)),  # any
+]
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"image": torch.zeros(2, 6, 7, 9)}, r"image must be \(N, Ci, D, H, W\).*\(2, 6, 7, 9\)"),
-    ({"image": torch.zeros(2, 1, 0, 7, 9)}, "no empty axis"),
-    ({"image": torch.zeros(2, 1, 6, 7, 9, dtype=torch.int64)}, "image must be one of float32.*int64"),
-    ({"image": torch.zeros(2, 1, 6, 7, 9, dtype=torch.float64)}, "image must be one of float32.*float64"),
-    ({"features": torch.zeros(2, 6, 7, 9)}, "features must be"),
-    ({"features": torch.zeros(3, 5, 3, 7, 4)}, "batch size 2, got 3"),
-    ({"features": torch.zeros(2, 5, 7, 7, 4)}, r"no larger than the image.*\(7, 7, 4\)"),
-    ({"features": torch.zeros(2, 5, 3, 7, 4, dtype=torch.int16)}, "features must be one of float32.*int16"),
-    ({"p": 1.0}, r"p must be in \[0, 1\), got 1.0"),
-    ({"p": -0.1}, r"p must be in \[0, 1\)"),
-    ({"p": float("nan")}, r"p must be in \[0, 1\)"),
-    ({"p": (0.1, 0.2, 0.3)}, "p must be one rate or"),
-    ({"p": "0.5"}, "p must be one rate or"),
-    ({"keep": [True] * 6}, "keep must be a tensor"),
-    ({"p": (0.6, 0.5), "mode": "stream"}, "sum is at most 1"),
-    ({"mode": "voxel"}, "mode must be one of channel, stream"),
-    ({"keep": torch.ones(2, 5, dtype=torch.bool)}, r"keep must be \(2, 6\) bool"),
-    ({"keep": torch.ones(2, 6)}, r"keep must be \(2, 6\) bool"),
-    ({"image_norm": "max"}, "image_norm must be"),
-    ({"feature_norm": "batch"}, "feature_norm must be one of instance"),
-    ({"eps": 0.0}, "eps must be a positive"),
-    ({"dtype": torch.int16}, "dtype must be one of"),
-    ({"memory_format": torch.channels_last}, "memory_format must be"),
-    ({"channel_multiple": 0}, "channel_multiple must be"),
-    ({"backend": "cuda"}, "backend must be one of auto, native"),
-])
-def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
-    image, features = streams()
-    arguments: dict[str, Any] = {"image": image, "features": features} | change
-    with pytest.raises(ValueError, match=message):
-        fuse_streams(arguments.pop("image"), arguments.pop("features"), **arguments)
+@pytest.mark.parametrize(("size", "grid", "memory_format"), [
+    *[(*ratio, torch.contiguous_format) for ratio in RATIOS],
+    *[(*ratio, torch.channels_last_3d) for ratio in RATIOS[::3]]], ids=str)
+def test_triton_ratios(size: tuple[int, ...], grid: tuple[int, ...], memory_format: torch.memory_format) -> None:
+    # One voxel has no variance for a norm, and no gradient through it.
+    triton_agrees((1, 1, *size), grid, 2, memory_format=memory_format, feature_norm="none" if grid == (1, 1, 1) else "instance")
 
 
-@pytest.mark.parametrize("bounds", [(1, 1), (2, 1), (0, float("inf"))])
-def test_wrong_window(bounds: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match="Window needs finite lo < hi"):
-        Window(*bounds)
+@pytest.mark.parametrize("grid", [(3, 4, 16), (2, 2, 8)], ids=["same", "coarse"])
+@pytest.mark.parametrize("multiple", [8, 16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_triton_seventeen_channels_rounded_up(grid: tuple[int, ...], multiple: int, memory_format: torch.memory_format) -> None:
+    triton_agrees((1, 1, 3, 4, 16), grid, 16, memory_format=memory_format, channel_multiple=multiple,
+                  features_layout=int(memory_format == torch.channels_last_3d))
 
 
-def test_wrong_zscore() -> None:
-    with pytest.raises(ValueError, match="std > 0"):
-        ZScore(0, 0)
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles so small that the interpreter comes to tiles, chunks, rounds and rows after the first."""
+    from dropgen_fast.kernels.fuse_streams import triton
+    monkeypatch.setattr(triton, "TILES", {name: triton.Tile(vectors=1, warps=1) for name in triton.TILES})
+    monkeypatch.setattr(triton, "CHUNKS", 2)
+    monkeypatch.setattr(triton, "PROGRAMS_LAST", 3)
+    monkeypatch.setattr(triton, "LONGEST_ROW", 64)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("layout", [0, 1, 2, 3, 4], ids=["dense", "last", "every other", "turned", "box"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("grid", [(3, 5, 75), (2, 3, 37)], ids=["same", "coarse"])
+def test_triton_many_tiles(grid: tuple[int, ...], memory_format: torch.memory_format, layout: int) -> None:
+    """1 125 voxels in tiles of 128: the last is cut short, and every program has more than one."""
+    triton_agrees((1, 2, 3, 5, 75), grid, 3, memory_format=memory_format, image_layout=layout, features_layout=layout,
+                  grad_layout=layout)
+
+
+def test_triton_refuses_what_32_bits_cannot_count() -> None:
+    from dropgen_fast.kernels.fuse_streams import triton
+    assert triton.refuses([torch.empty(1, 1, 1290, 1290, 1290, device="meta")]) == ""
+    assert "32 bits" in triton.refuses([torch.empty(1, 1, 1291, 1290, 1290, device="meta")])
+    assert "32 bits" in triton.refuses([torch.empty(1, 1, 1, 1, 32_001, device="meta")])
+    assert "samples" in triton.refuses([torch.empty(32_769, 1, 1, 1, 1, device="meta")])
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_triton_reach_wider_than_a_tile() -> None:
+    """A coarse voxel reaches 150 columns, in tiles of 64."""
+    triton_agrees((1, 1, 4, 6, 75), (2, 3, 1), 2)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("feature_norm", ["unit", "standard", "none"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("grid", [(3, 4, 40), (3, 2, 20)], ids=["same", "coarse"])
+def test_triton_many_tiles_of_other_norms(grid: tuple[int, ...], memory_format: torch.memory_format, feature_norm: str) -> None:
+    triton_agrees((1, 1, 3, 4, 40), grid, 3, memory_format=memory_format, feature_norm=feature_norm, eps=1e-2,
+                  image_norm=Window(-0.5, 0.8))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("layout", [0, 1], ids=["dense", "last"])
+def test_triton_statistics_of_odd_channels(layout: int) -> None:
+    """A first voxel that is nothing like the rest, a large offset, voxels that are not finite; over many chunks."""
+    image, features = streams((1, 1, 4, 9, 31), (4, 9, 31), 3)
+    features[0, 0] += 1e4
+    features[0, 1] += 1e4
+    features[0, 1, 0, 0, 0] = -5.0
+    features[0, 2, :, ::3] = torch.nan
+    features[0, 2, 0, 0, 0] = torch.inf
+    keep = torch.ones(1, 4, dtype=torch.bool)
+    result = fuse_streams(image, layouts(features)[layout], p=0.0, backend="triton")
+    wanted = definition(image, features, keep, p=0.0)
+    finite = wanted.isfinite()
+    assert torch.equal(result.isfinite(), finite)
+    close(result[finite], wanted[finite], scale=20)  # as test_large_offsets_keep_their_digits
+
+
+# ---- a backend that is not there ------------------------------------------------------------------------------------
 
 
 def test_missing_backend_says_why_and_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:

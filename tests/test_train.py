@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -80,7 +81,8 @@ def test_a_run_leaves_all_that_it_should(trained: Path) -> None:
     assert rows[-2]["learning_rate"] == pytest.approx(0, abs=1e-12)
     assert set(rows[-1]["per_class"]) == {"tissue 1", "tissue 2"}
     settings = yaml.safe_load((trained / "config.yaml").read_text())
-    assert settings["model"]["fusion"] == {"mode": "channel", "p": [0.5]}
+    assert settings["model"]["fusion"] == {"mode": "channel", "p": [0.5], "p_start": [0.0], "p_ramp_steps": 0,
+                                           "at_least_one": False}
     assert settings["patch"] == [16, 16, 16]
     state = checkpoint.load(trained / "last.pt")
     assert state["task"] == {"classes": ["background", "tissue 1", "tissue 2"], "channels": ["channel 0"],
@@ -99,9 +101,12 @@ def learned(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytes
 
 
 def test_training_learns(learned: Path) -> None:
-    """The cohort's labels are level sets of its images, with noise: some steps must bring the loss well down."""
+    """The cohort's labels are level sets of its images, with noise: some steps must bring the loss well down.
+
+    A step's loss scatters by up to a fifth of itself (a batch is two patches whose image may be dropped), the mean of 40 by 3 %.
+    """
     found = losses(learned)
-    assert np.mean(found[-5:]) < 0.8 * np.mean(found[:5])
+    assert np.mean(found[-40:]) < 0.9 * np.mean(found[:5])
 
 
 def test_stopped_and_resumed_is_the_same_run(trained: Path, store: Path, tmp_path: Path) -> None:
@@ -128,6 +133,35 @@ def test_stopped_and_resumed_is_the_same_run(trained: Path, store: Path, tmp_pat
     a, b = (checkpoint.load(path / "last.pt") for path in (out, whole))
     assert all(torch.equal(a["network"][k], v) for k, v in b["network"].items())
     assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
+
+
+def test_a_schedule_of_drop_rates_goes_on_where_it_was(store: Path, tmp_path: Path) -> None:
+    """The rate comes from the step, so a resumed run has the rates, and so the losses, of one that was not stopped."""
+    ramp = ["--steps", 6, "--fusion.p-start", 0.1, "--fusion.p", 0.5, 0.9, "--fusion.p-ramp-steps", 4, "--validate-every", 3,
+            "--fusion.at-least-one"]
+
+    def train_up_to(last: int, out: Path) -> list[list[float]]:
+        trainer = train.Trainer(configuration(store, out, *ramp, "--resume"))
+        step, rates = trainer.train_step, []
+
+        def recorded(batch: Any) -> torch.Tensor:
+            if trainer.step == last:
+                raise KeyboardInterrupt
+            loss = step(batch)
+            rates.append(trainer.model.fusion.rates.tolist())
+            return loss
+
+        trainer.train_step = recorded  # type: ignore[method-assign]
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer.fit()
+        return rates
+
+    whole = train_up_to(6, tmp_path / "whole")
+    wanted = [(0.1, 0.1), (0.2, 0.3), (0.3, 0.5), (0.4, 0.7), (0.5, 0.9), (0.5, 0.9)]
+    np.testing.assert_allclose(whole, wanted, rtol=1e-6)
+    assert train_up_to(5, tmp_path / "cut") == whole[:5]
+    assert train_up_to(6, tmp_path / "cut") == whole[3:]
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
 def test_kill_9_and_resume(trained: Path, store: Path, tmp_path: Path) -> None:
@@ -313,6 +347,10 @@ def test_a_case_that_fails_keeps_no_older_map(trained: Path, cohort: Path, tmp_p
     (["--fusion.p", "1.0"], "p must be in [0, 1), got 1.0"),
     (["--fusion.mode", "stream", "--fusion.p", "0.7", "0.7"], "sum is at most 1"),
     (["--fusion.p", "0.1", "0.2", "0.3"], "fusion.p must be one drop rate or two"),
+    (["--fusion.p-start", "0.1", "--fusion.p-ramp-steps", "-1"], "fusion.p_ramp_steps must be at least 0, got -1"),
+    (["--fusion.p-start", "0.1"], "fusion.p_start (0.1,) needs fusion.p_ramp_steps"),
+    (["--fusion.p-start", "1.5", "--fusion.p-ramp-steps", "1"], "p must be in [0, 1), got 1.5"),
+    (["--fusion.p-ramp-steps", "1000000"], "fusion.p_ramp_steps must be at most steps ="),
     (["--extractor", "dino"], "dino"),
     (["--network", "nothing"], "nothing"),
     (["--network-options", "base_channels"], "network_options are name=value"),

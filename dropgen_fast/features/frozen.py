@@ -81,6 +81,8 @@ class FrozenExtractor(nn.Module):
         """
         if image.dim() != 5:
             raise ValueError(f"image must be (N, Ci, D, H, W), got shape {tuple(image.shape)}")
+        if type(image) is not Tensor:  # MONAI's MetaTensor overrides what models call
+            image = image.as_subclass(Tensor)
         n, channels, *size = image.shape
         problem = self._patch_problem(size)
         if problem is not None:

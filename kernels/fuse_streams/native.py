@@ -1,8 +1,9 @@
-"""`fuse_streams` on the CPU: hands tensors to native.cpp."""
+"""`fuse_streams` in C++: hands tensors to native.cpp on the CPU, to native.cu on a GPU."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 
 import torch
 from torch import Tensor
@@ -24,51 +25,69 @@ class Arguments(ctypes.Structure):
         ("out_channels", ctypes.c_int64), ("size", ctypes.c_int64 * 3), ("coarse", ctypes.c_int64 * 3),
         ("image", NativeTensor), ("features", NativeTensor), ("out", NativeTensor),
         ("scale", ctypes.c_void_p), ("image_stats", ctypes.c_void_p), ("feature_stats", ctypes.c_void_p),
-        ("grad_features", ctypes.c_void_p), ("grad_image", NativeTensor),
+        ("grad_features", NativeTensor), ("grad_image", NativeTensor),
         ("image_norm", ctypes.c_int32), ("feature_norm", ctypes.c_int32), ("norm_a", ctypes.c_float),
         ("norm_b", ctypes.c_float), ("eps", ctypes.c_float), ("threads", ctypes.c_int32),
-        ("zeroed", ctypes.c_int32), ("stream", ctypes.c_void_p),
+        ("stream", ctypes.c_void_p),
     )
 
 
 MISSING = library.load()[1]
 """Why this backend cannot be had here, or "". Found at import: torch.compile traces the choice of a backend."""
+CUDA_MISSING = library.load("cuda")[1] if torch.version.cuda else "torch was built without CUDA"
+"""The same of its CUDA half, which a torch without CUDA does not load."""
+# What native.cu counts in 32 bits.
+LONGEST_AXIS = 1 << 15
+MOST_VOXELS = (1 << 31) - 1 - (1 << 20)
 
 
 def refuses(tensors: list[Tensor]) -> str:
     """Why this backend cannot take these tensors, or ""."""
     for tensor in tensors:
-        if tensor.device.type != "cpu":
-            return f"it runs on the CPU, and a tensor is on {tensor.device}"
+        if tensor.device.type not in ("cpu", "cuda"):
+            return f"it runs on the CPU and on CUDA, and a tensor is on {tensor.device}"
+        if tensor.is_cuda and CUDA_MISSING:
+            return CUDA_MISSING
         if tensor.dtype not in library.TYPES:
             return f"it has no kernel for {tensor.dtype}"
+        if tensor.is_cuda and tensor.dim() == 5 and (
+                math.prod(tensor.shape[2:]) > MOST_VOXELS or max(tensor.shape[2:]) > LONGEST_AXIS):
+            return f"it counts the voxels of a channel in 32 bits on a GPU, and a tensor has {tuple(tensor.shape[2:])}"
     return ""
 
 
 def forward(
     image: Tensor, features: Tensor | None, scale: Tensor, out: Tensor, image_stats: Tensor, feature_stats: Tensor, *,
-    image_norm: tuple[str, float, float], feature_norm: str, eps: float, zeroed: bool = False,
+    image_norm: tuple[str, float, float], feature_norm: str, eps: float,
 ) -> None:
-    """Write `out` (N, C, D, H, W) and both statistics; see `fuse_streams`. `zeroed`: `out` reads as zeros already."""
+    """Write `out` (N, C, D, H, W) and both statistics; see `fuse_streams`."""
     arguments = _arguments(image.shape[1], features, scale, out, image_stats, feature_stats, image_norm, feature_norm, eps)
-    arguments.image, arguments.zeroed = NativeTensor.of(image), zeroed
-    library.call("fuse_streams_forward", arguments)
+    arguments.image = NativeTensor.of(image)
+    _call("fuse_streams_forward", arguments, out)
 
 
 def backward(
     grad: Tensor, image: Tensor | None, features: Tensor | None, scale: Tensor, image_stats: Tensor, feature_stats: Tensor,
     grad_image: Tensor | None, grad_features: Tensor | None, *,
     image_channels: int, image_norm: tuple[str, float, float], feature_norm: str, eps: float,
-    image_zeroed: bool = False, features_zeroed: bool = False,
 ) -> None:
-    """Write the gradients that are given: `grad_image` in its dtype, `grad_features` in float32; `…_zeroed`: reads as zeros."""
+    """Write the gradients that are given, dense: `grad_image` in its type, `grad_features` in float32, on the CPU in its own."""
     arguments = _arguments(image_channels, features, scale, grad, image_stats, feature_stats, image_norm, feature_norm, eps)
     # Where the forward had features and this call needs no gradient to them, they still count as channels of the draw.
     arguments.feature_channels = scale.shape[1] - image_channels
     arguments.image, arguments.grad_image = NativeTensor.of(image), NativeTensor.of(grad_image)
-    arguments.zeroed = features_zeroed | image_zeroed << 1
-    arguments.grad_features = grad_features.data_ptr() if grad_features is not None else None
-    library.call("fuse_streams_backward", arguments)
+    arguments.grad_features = NativeTensor.of(grad_features)
+    _call("fuse_streams_backward", arguments, grad)
+
+
+def _call(name: str, arguments: Arguments, tensor: Tensor) -> None:
+    """On the device of `tensor`, on torch's current stream of it."""
+    if not tensor.is_cuda:
+        library.call(name, arguments)
+        return
+    with torch.cuda.device(tensor.device):
+        arguments.stream = torch.cuda.current_stream(tensor.device).cuda_stream
+        library.call_cuda(name, "fuse_streams_workspace", arguments, tensor.device)
 
 
 def _arguments(
