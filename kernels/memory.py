@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import os
 import sys
 import threading
 
@@ -23,6 +24,16 @@ _mappings: list[mmap.mmap] = []  # the last used comes last
 _lock = threading.Lock()
 
 
+def _renew_lock() -> None:
+    """In a forked child: the thread that held the lock is not there to let it go."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 def empty(
     shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
@@ -30,7 +41,7 @@ def empty(
     size = math.prod(shape) * dtype.itemsize
     memory = _mapping(size) if size >= LARGE and hasattr(mmap, "MADV_HUGEPAGE") else None
     if memory is None:
-        return torch.empty(shape, dtype=dtype, memory_format=memory_format)
+        return torch.empty(shape, dtype=dtype, device="cpu", memory_format=memory_format)
     flat = torch.frombuffer(memory, dtype=dtype)
     if memory_format != torch.channels_last_3d:
         return flat.view(shape)
@@ -47,20 +58,26 @@ def _mapping(size: int) -> mmap.mmap | None:
     """Memory of `size` bytes that no tensor uses; None where there is none to be had."""
     with _lock:
         unused = [i for i in range(len(_mappings)) if _references(_mappings, i) <= UNUSED]
-        for i in reversed(unused):
-            if len(_mappings[i]) == size:
-                _mappings.append(_mappings.pop(i))
-                return _mappings[-1]
-        for i in reversed(unused[:max(0, len(unused) - KEPT + 1)]):
+        found = next((i for i in reversed(unused) if len(_mappings[i]) == size), None)
+        memory = _mappings[found] if found is not None else None
+        waiting = [i for i in unused if i != found]
+        for i in sorted([*waiting[:max(0, len(waiting) - KEPT + 1)], *([] if found is None else [found])], reverse=True):
             del _mappings[i]
-        try:
-            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError:  # no room: torch says so in its own words
-            return None
-        with contextlib.suppress(OSError):  # a system without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        _mappings.append(memory)
+        if memory is None:
+            memory = _map(size)
+        if memory is not None:
+            _mappings.append(memory)
         return memory
+
+
+def _map(size: int) -> mmap.mmap | None:
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # no room: torch says so in its own words
+        return None
+    with contextlib.suppress(OSError):  # a system without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def _references(items: list[mmap.mmap], i: int) -> int:

@@ -166,6 +166,21 @@ def test_vmap(name: str, in_dims: tuple[int | None, int | None]) -> None:
     torch.testing.assert_close(result, wanted, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["native", "triton"])
+@pytest.mark.parametrize("feature_norm", ["instance", "standard", "unit"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_vmap_of_gradients(batch: int, feature_norm: str, name: str) -> None:
+    """Statistics are not mapped while gradients are: they are repeated, and of one sample that is a stride of zero."""
+    image, features = streams((batch, 1, 4, 6, 6), (2, 3, 3), 3)
+    keep = torch.ones(batch, 4, dtype=torch.bool)
+    result, vjp = torch.func.vjp(
+        lambda i, f: fuse_streams(i, f, p=0.0, keep=keep, feature_norm=feature_norm, backend=name), image, features)
+    grads = torch.randn(5, *result.shape, generator=torch.Generator().manual_seed(3))
+    wanted = [torch.stack(parts) for parts in zip(*(vjp(grad) for grad in grads), strict=True)]
+    for got, one_by_one in zip(torch.func.vmap(vjp)(grads), wanted, strict=True):
+        torch.testing.assert_close(got, one_by_one, rtol=0, atol=0)
+
+
 def test_vmap_of_the_image_alone_and_of_the_draw() -> None:
     image, _ = streams((2, 3, 3, 4, 5))
     keeps = torch.stack([half_of(2, 3, seed) for seed in range(4)])

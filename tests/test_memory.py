@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -78,6 +80,25 @@ def test_only_a_few_wait_and_release_lets_go() -> None:
     memory.release()
     assert len(memory._mappings) == 1
     kept.zero_()
+
+
+def test_of_many_of_one_size_only_a_few_wait() -> None:
+    held = [memory.empty(SHAPE, torch.float32) for _ in range(6)]
+    assert len({t.data_ptr() for t in held}) == 6
+    del held
+    for _ in range(2):
+        memory.empty(SHAPE, torch.float32)
+        assert len(memory._mappings) <= memory.KEPT
+
+
+def test_a_forked_child_finds_the_lock_open() -> None:
+    with memory._lock:
+        child = os.fork()
+        if child == 0:  # no pytest in the child
+            signal.alarm(20)
+            memory.empty(SHAPE, torch.float32)
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_threads_never_share_memory() -> None:

@@ -156,7 +156,7 @@ DGF_HD float norm_gradient(float g, float normalized_value, float gain, float me
   return gain * (g - mean - normalized_value * mean_product);
 }
 
-// "unit", "standard": the means of `norm_gradient` from the sums over a voxel's channels. A norm below eps was held there.
+// "unit", "standard": the means of `norm_gradient` from the sums over a voxel's channels. A norm of eps or less was held there.
 DGF_HD void voxel_gradient_means(int32_t norm, float gain, float channels, float eps, float* sum, float* product) {
   const bool held = norm == kUnit && gain >= 1.0f / eps;
   *sum = norm == kStandard ? *sum / channels : 0.0f;

@@ -89,8 +89,9 @@ def backward_op(
         # GPU kernels take the normalization's gradient in place, in float32.
         dtype = features.dtype if backend == "native" and device.type == "cpu" else torch.float32
         grad_features = _allocate(tuple(features.shape), dtype, torch.contiguous_format, device)
+    scale, image_stats, feature_stats = (t.contiguous() for t in (scale, image_stats, feature_stats))  # vmap repeats by strides
     module_of(backend).backward(
-        grad, image, features, scale.contiguous(), image_stats, feature_stats,
+        grad, image, features, scale, image_stats, feature_stats,
         grad_image if image_dtype is not None else None, grad_features if features is not None else None,
         image_channels=image_channels, image_norm=(image_norm, norm_a, norm_b), feature_norm=feature_norm, eps=eps)
     return grad_image, grad_features if features is None else grad_features.to(features.dtype)
