@@ -152,14 +152,14 @@ inline LoadRow load_for(int32_t type) {
     default: return nullptr;
   }
 }
-inline StoreRow store_for(int32_t type) {
-  switch (type) {
-    case kFloat32: return store_row<float>;
-    case kFloat16: return store_row<Half>;
-    case kBFloat16: return store_row<BFloat16>;
-    default: return nullptr;
-  }
+
+// What a floating type has: of three of a kind, or null for a type that is none.
+template <class Function>
+Function of_float(int32_t type, Function float32, Function float16, Function bfloat16) {
+  return type == kFloat32 ? float32 : type == kFloat16 ? float16 : type == kBFloat16 ? bfloat16 : nullptr;
 }
+
+inline StoreRow store_for(int32_t type) { return of_float<StoreRow>(type, store_row<float>, store_row<Half>, store_row<BFloat16>); }
 
 constexpr int64_t kLine = 64;  // bytes of a cache line, and of the widest vector
 constexpr int64_t kLineFloats = kLine / sizeof(float);

@@ -51,14 +51,7 @@ void add_rows(const FuseStreamsTensor& t, const int64_t* offsets, const float* w
       for (int64_t i = 0; i < n; ++i) sum[i] += weights[k] * to_float(p[i * s]);
   }
 }
-AddRows add_for(int32_t type) {
-  switch (type) {
-    case kFloat32: return add_rows<float>;
-    case kFloat16: return add_rows<Half>;
-    case kBFloat16: return add_rows<BFloat16>;
-    default: return nullptr;
-  }
-}
+AddRows add_for(int32_t type) { return of_float<AddRows>(type, add_rows<float>, add_rows<Half>, add_rows<BFloat16>); }
 
 // The transpose of `stretch`, unpadded: `fine` has 2 · ratio zeros on either side.
 template <int ratio>
@@ -169,8 +162,7 @@ struct FeatureGradient {
         store(store_for(a.grad_features.type)), height(a.coarse[1]), width(a.coarse[2]), voxels(a.coarse[0] * height * width),
         blocks(a.coarse[0], plane_of(a.out, a.out_channels, height * width)),
         tasks{kept, kept.images, kept.count, blocks.count, a.out.strides[4] != 1}, instance(a.feature_norm == kInstance),
-        per_voxel(a.feature_norm == kUnit || a.feature_norm == kStandard),
-        same(!per_voxel && a.size[0] == a.coarse[0] && a.size[1] == height && a.size[2] == width), sums(tasks.count()),
+        per_voxel(::per_voxel(a)), same(same_grid(a) && !per_voxel), sums(tasks.count()),
         scratch(in_place() ? 0 : per_voxel ? a.batch * a.feature_channels * voxels : instance && !same ? (kept.count - kept.images) * voxels : 0) {}
 
   bool in_place() const { return a.grad_features.type == kFloat32; }
@@ -259,7 +251,7 @@ struct FeatureGradient {
       }
   }
 
-  // "unit", "standard": a coarse row of all channels of a sample. A norm below eps was held at eps.
+  // "unit", "standard": a coarse row of all channels of a sample. A norm of eps or less was held at eps.
   void voxel_task(int64_t task, float* memory) const {
     const int64_t rows = a.coarse[0] * height, n = task / rows, row = task % rows, count = a.feature_channels;
     if (!any_kept(a, n, a.image_channels, a.image_channels + count)) return;

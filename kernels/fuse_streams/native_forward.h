@@ -53,12 +53,7 @@ AffineRun affine_from(int32_t in) {
   }
 }
 AffineRun affine_for(int32_t in, int32_t out) {
-  switch (out) {
-    case kFloat32: return affine_from<float>(in);
-    case kFloat16: return affine_from<Half>(in);
-    case kBFloat16: return affine_from<BFloat16>(in);
-    default: return nullptr;
-  }
+  return of_float(out, affine_from<float>(in), affine_from<Half>(in), affine_from<BFloat16>(in));
 }
 
 // 1, 2 or 4 rows of the output that lie between the same two rows, each at a weight of its own.
@@ -94,14 +89,7 @@ void blend_rows(const float* __restrict lower, const float* __restrict upper, co
     for (int64_t i = 0; i < n; ++i) from_float(mix(lower[i], upper[i], weight), q + i);
   }
 }
-BlendRows blend_for(int32_t out) {
-  switch (out) {
-    case kFloat32: return blend_rows<float>;
-    case kFloat16: return blend_rows<Half>;
-    case kBFloat16: return blend_rows<BFloat16>;
-    default: return nullptr;
-  }
-}
+BlendRows blend_for(int32_t out) { return of_float<BlendRows>(out, blend_rows<float>, blend_rows<Half>, blend_rows<BFloat16>); }
 
 // The taps along an axis, looked up: `tap` divides.
 struct Taps {
@@ -158,14 +146,7 @@ void blend_coarse(const FuseStreamsTensor& in, int64_t lower, int64_t upper, flo
   else
     for (int64_t x = 0; x < n; ++x) line[x] = normalized(mix(to_float(p[x * s]), to_float(q[x * s]), weight), shift, gain);
 }
-BlendCoarse blend_coarse_for(int32_t in) {
-  switch (in) {
-    case kFloat32: return blend_coarse<float>;
-    case kFloat16: return blend_coarse<Half>;
-    case kBFloat16: return blend_coarse<BFloat16>;
-    default: return nullptr;
-  }
-}
+BlendCoarse blend_coarse_for(int32_t in) { return of_float<BlendCoarse>(in, blend_coarse<float>, blend_coarse<Half>, blend_coarse<BFloat16>); }
 
 // The coarse rows of one plane of one channel, as its output rows need them: blended along z, normalized and scaled while they
 // are coarse, stretched along x. A plane's rows are all blended before the first is stretched: read back too soon, a row would
@@ -181,10 +162,9 @@ class Stretched {
 
   void start(int64_t n, int64_t c, const Tap& z, float shift, float gain) {
     const int64_t w = a_->coarse[2];
-    const bool per_voxel = a_->feature_norm == kUnit || a_->feature_norm == kStandard;
     for (int64_t y = 0; y < a_->coarse[1]; ++y) {
       float* line = this->line(y);
-      if (per_voxel)
+      if (per_voxel(*a_))
         blend_normalized(n, c, z, y, gain, line);
       else
         blend_(a_->features, offset_of(a_->features, n, c, z.lo, y), offset_of(a_->features, n, c, z.hi, y), z.weight, shift, gain, w, line);
@@ -259,8 +239,7 @@ struct Writer {
     feature = affine_for(a.features.type, a.out.type), load_features = load_for(a.features.type);
     blend_features = blend_coarse_for(a.features.type);
     narrow = element_size(a.out.type) == 2;
-    same = a.feature_norm != kUnit && a.feature_norm != kStandard;
-    for (int i = 0; i < 3; ++i) same = same && a.size[i] == a.coarse[i];
+    same = same_grid(a) && !per_voxel(a);
   }
   bool ok() const { return planes.taps.data && lines.taps.data; }
   bool knows_types() const { return image && blend && (!a.feature_channels || (feature && load_features && blend_features)); }
@@ -304,7 +283,7 @@ struct Writer {
   }
 
   // Planes [begin, end) of one channel, NCDHW.
-  void channel(const Channel& k, int64_t begin, int64_t end, float* memory) const {
+  void channel(const Channel& k, int64_t begin, int64_t end, Stretched& rows) const {
     const int64_t height = a.size[1], width = a.size[2];
     if (is_affine(k)) {
       const bool one = joined(k.c < a.image_channels ? a.image : a.features, width);
@@ -312,8 +291,6 @@ struct Writer {
         for (int64_t y = 0; y < (one ? 1 : height); ++y) affine(k, z, y, one ? height : 1);
       return;
     }
-    Stretched rows;
-    rows.bind(a, load_features, blend_features, columns, memory);
     for (int64_t z = begin; z < end; ++z) {
       start_plane(k, rows, z);
       for (int64_t y = 0, count; y < height; y += count) {
@@ -402,7 +379,7 @@ int forward(const Arguments& a) {
       if (channels_last)
         for (int64_t z = begin; z < end; ++z) writer.voxels(task.index, z, kept, rows.data);
       else
-        writer.channel(channels.channel(task), begin, end, memory.data);
+        writer.channel(channels.channel(task), begin, end, rows.data[0]);
     }
   }
   return out_of_memory ? kNoMemory : kOk;

@@ -116,7 +116,7 @@ struct Statistics {  // partial ones, of blocks of planes, and what becomes of t
   int64_t image_tasks() const { return of_image() ? a.batch * a.image_channels * image_blocks.count : 0; }
   int64_t feature_tasks() const { return a.feature_norm == kInstance ? features.count() : 0; }
   int64_t row_tasks() const {
-    return a.feature_channels && (a.feature_norm == kUnit || a.feature_norm == kStandard) ? a.batch * a.coarse[0] * a.coarse[1] : 0;
+    return a.feature_channels && per_voxel(a) ? a.batch * a.coarse[0] * a.coarse[1] : 0;
   }
 
   void image_task(int64_t task) const {

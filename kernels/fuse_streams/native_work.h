@@ -35,6 +35,13 @@ bool any_kept(const Arguments& a, int64_t n, int64_t from, int64_t to) {
   return false;
 }
 
+bool same_grid(const Arguments& a) {
+  return a.size[0] == a.coarse[0] && a.size[1] == a.coarse[1] && a.size[2] == a.coarse[2];
+}
+
+// Whether each coarse voxel has statistics of its own, over its channels.
+bool per_voxel(const Arguments& a) { return a.feature_norm == kUnit || a.feature_norm == kStandard; }
+
 int team(const Arguments& a, int64_t elements) { return int(least(a.threads, 1 + elements / kSerial)); }
 
 // A channel's planes in blocks of about kBlockElements.

@@ -175,10 +175,6 @@ def forward(
         _launch_pass(image, features, scale, out, partial, chunks, image_stats, feature_stats, image_norm, feature_norm, eps)
 
 
-def _is_ncdhw(out: Tensor) -> bool:
-    return out.is_contiguous()
-
-
 def _features_of(features: Tensor | None, image: Tensor) -> tuple[Tensor, int, list[int]]:
     """(tensor to pass, Cf, grid); the image stands in for absent features, and is not read as such."""
     if features is None:
@@ -252,7 +248,7 @@ def _launch_pass(
         "FEATURE_NORM": FEATURE_NORMS[feature_norm], "IMAGE_LAYOUT": flat.kind, "FEATURE_LAYOUT": rows.kind, "SAME": same,
         "RATIO_Z": ratios[0], "RATIO_Y": ratios[1], "RATIO_X": ratios[2], "PLANES": PLANES, "CHUNKS": chunks}
     itemsize = out.element_size()
-    if _is_ncdhw(out):
+    if out.is_contiguous():  # NCDHW
         block = TILES["flat"].elements(itemsize)
         tile = TILES["flat" if same else "cells"]
         tile_x = _columns(size[2], LONGEST_ROW // 2)
