@@ -53,7 +53,11 @@ def call(name: str, arguments: ctypes.Structure) -> None:
         RuntimeError: there is no library, or the kernel failed.
     """
     library = _loaded("cpu")
-    if status := getattr(library, f"dgf_{name}")(ctypes.byref(arguments)):
+    try:
+        entry = getattr(library, f"dgf_{name}")
+    except AttributeError as error:
+        raise RuntimeError(f"{name}: {STATUS[3]}") from error
+    if status := entry(ctypes.byref(arguments)):
         raise RuntimeError(f"{name}: {STATUS.get(status, f'status {status}')}")
 
 

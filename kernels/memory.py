@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 LARGE = 4 << 20  # bytes; below, torch's own memory is warm and a mapping does not pay
-KEPT = 2  # mappings that no tensor uses and that wait for the next: a result's and a gradient's
+KEPT = 4  # mappings that no tensor uses and that wait for the next: an op's result and gradient, an augmentation's few steps
 
 _mappings: list[mmap.mmap] = []  # the last used comes last
 _lock = threading.Lock()

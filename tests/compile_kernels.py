@@ -1,9 +1,10 @@
-"""Compile fuse_streams' Triton kernels for GPUs that need not be here: ``python compile_kernels.py 80 90 100``.
+"""Compile Triton kernels for GPUs that need not be here; as a program, fuse_streams': ``compile_kernels.py 80 90 100``.
 
-Every case is a call as users make it, on tensors without memory. Its launches are written down instead of run, and compiled
-with the specialization that Triton's just-in-time compiler would give them: a number that is 1 is a constant, pointers and
-numbers that 16 divides are marked so. Prints JSON lines: of each case which kernels are launched, of each launch that differs
-from those before it the registers, the memory that registers were spilled to, and global loads and stores by width.
+Every case is a call as users make it, on tensors without memory. Its launches are written down instead of run (`record`), and
+compiled with the specialization that Triton's just-in-time compiler would give them (`report`): a number that is 1 is a
+constant, pointers and numbers that 16 divides are marked so. Prints JSON lines: of each case which kernels are launched, of
+each launch that differs from those before it the registers, the memory that registers were spilled to, and global loads and
+stores by width. Other ops have a program of their own, which imports what is general from here.
 
 A program of its own because Triton's interpreter, which the tests run in, takes the compiler's place in a process.
 """
@@ -17,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,7 +31,8 @@ from triton.compiler import ASTSource
 import dropgen_fast.kernels.fuse_streams.triton as kernels
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int16: "*i16", torch.uint8: "*u8"}
+TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
+         torch.int32: "*i32", torch.int16: "*i16", torch.uint8: "*u8"}
 LAST = torch.channels_last_3d
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
@@ -55,17 +58,17 @@ class Recorder:
         return launch
 
 
-def record(call: Callable[[], None]) -> list[Launch]:
-    """The launches of a call."""
+def record(call: Callable[[], Any], module: ModuleType) -> list[Launch]:
+    """The launches that a call makes of the kernels that `module` defines."""
     launches: list[Launch] = []
-    found = {name: value for name, value in vars(kernels).items() if isinstance(value, triton.JITFunction)}
+    found = {name: value for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
     try:
         for name, kernel in found.items():
-            setattr(kernels, name, Recorder(kernel, launches))
+            setattr(module, name, Recorder(kernel, launches))
         call()
     finally:
         for name, kernel in found.items():
-            setattr(kernels, name, kernel)
+            setattr(module, name, kernel)
     return launches
 
 
@@ -89,13 +92,14 @@ def launches_of(
     result = (n, -(-streams // multiple) * multiple, *size)
     norms: dict[str, Any] = {"image_norm": image_norm, "feature_norm": feature_norm, "eps": 1e-5}
     out = empty(result, dtype, out_layout)
-    found = {"forward": record(lambda: kernels.forward(image, features, scale, out, image_stats, feature_stats, **norms))}
+    found = {"forward": record(
+        lambda: kernels.forward(image, features, scale, out, image_stats, feature_stats, **norms), kernels)}
     if backward:
         grad = empty((), dtype).expand(result) if grad_layout == "expanded" else empty(result, dtype, grad_layout)
         found["backward"] = record(lambda: kernels.backward(
             grad, image, features, scale, image_stats, feature_stats, empty(tuple(image.shape), image_dtype),
             empty(tuple(features.shape), torch.float32) if features is not None else None,
-            image_channels=image_channels, **norms))
+            image_channels=image_channels, **norms), kernels)
     return found
 
 
@@ -182,12 +186,21 @@ def accesses(ptx: str) -> dict[str, int]:
     return dict(found)
 
 
-def main() -> None:
-    """Compile the hot cases for each compute capability given, the general ones for the first."""
-    capabilities = [int(word) for word in sys.argv[1:]]
+def report(
+    launches_of: Callable[..., Mapping[str, list[Launch]]], hot: Mapping[str, Mapping[str, Any]],
+    general: Mapping[str, Mapping[str, Any]], capabilities: Sequence[int],
+) -> None:
+    """Print what becomes of each case: of the hot ones for each compute capability, of the general ones for the first.
+
+    Args:
+        launches_of: makes the calls of a case, whose settings are its keywords; the launches of each by name ("forward", …).
+        hot: settings of each case by its name.
+        general: the same.
+        capabilities: 90 is sm_90.
+    """
     for capability in capabilities:
         done = set()
-        for case, settings in {**HOT, **(GENERAL if capability == capabilities[0] else {})}.items():
+        for case, settings in {**hot, **(general if capability == capabilities[0] else {})}.items():
             launches = launches_of(**settings)
             print(json.dumps({"case": case, **{way: [kernel.__name__ for kernel, _, _ in launches[way]] for way in launches}}))
             for kernel, values, options in (launch for way in launches.values() for launch in way):
@@ -207,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report(launches_of, HOT, GENERAL, [int(word) for word in sys.argv[1:]])
