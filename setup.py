@@ -83,6 +83,7 @@ class PlatformWheel(bdist_wheel):
         return ("py3", "none", tag[2]) if NATIVE else tag
 
 
+OPS = [f"dropgen_fast.kernels.{op}" for op in ("fuse_streams", "intensity_chain", "warp")]
 
 setup(
     name="dropgen_fast",
@@ -95,11 +96,11 @@ setup(
     python_requires=">=3.10",
     packages=["dropgen_fast", "dropgen_fast.bench", "dropgen_fast.data", "dropgen_fast.demo", "dropgen_fast.features",
               "dropgen_fast.presets",
-              "dropgen_fast.kernels", "dropgen_fast.kernels.fuse_streams"],
+              "dropgen_fast.kernels", *OPS],
     package_dir={"dropgen_fast": "dropgen_fast", "dropgen_fast.kernels": "kernels"},
     package_data={"dropgen_fast": ["py.typed"], "dropgen_fast.presets": ["*.yaml"],
                   "dropgen_fast.kernels": ["*.h"],
-                  "dropgen_fast.kernels.fuse_streams": ["*.h", "*.cpp", "*.cu"]},
+                  **{op: ["*.h", "*.cpp", "*.cu"] for op in OPS}},
     ext_modules=[Extension("dropgen_fast.kernels.native", sources=[])] if NATIVE else [],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
     install_requires=["torch>=2.10", "triton>=3.4; platform_system == 'Linux'", "numpy>=1.26", "scipy>=1.11",
@@ -110,9 +111,10 @@ setup(
         "cuda13": ["nvidia-dali-cuda130>=1.50", "cupy-cuda13x>=13.6"],
         "cuda12": ["nvidia-dali-cuda120>=1.50", "cupy-cuda12x>=13"],
         "cpu": ["nvidia-dali-cuda130>=1.50"],  # DALI's CPU backend: needs no GPU and no driver
+        "cluster": ["distributed>=2024.1"],  # prepare over several machines
         "demo": ["nilearn>=0.10.4"],  # its wheel carries the ICBM152 template
         "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.13", "types-PyYAML",
-                 "nnunetv2>=2.8"],  # the trainer of docs/fuse_streams.md runs in the real one
+                 "distributed>=2024.1", "nnunetv2>=2.8"],  # the trainer of docs/fuse_streams.md runs in the real one
     },
     entry_points={"console_scripts": ["dropgen-fast = dropgen_fast.cli:main"]},
 )

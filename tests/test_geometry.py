@@ -16,7 +16,7 @@ from dropgen_fast.data.geometry import (
     Grid,
     GridMap,
     load_volume,
-    ras_spacing_mm,
+    ras_grid,
     read_grid,
     resample,
     resampled_shape,
@@ -79,7 +79,7 @@ def test_label_comes_back_exactly_at_equal_spacing(tmp_path: Path, axcodes: str,
     path = write_nifti(tmp_path / "label.nii.gz", label, make_affine(spacing, angles), axcodes)
     volume = load_volume(path)
     grid = read_grid(path)
-    assert ras_spacing_mm(grid) == pytest.approx(spacing, abs=1e-5)
+    assert ras_grid(grid).spacing_mm == pytest.approx(spacing, abs=1e-5)
     grid_map = GridMap.to_spacing(grid, spacing)
     prepared = grid_map.forward(volume.array, order=0)
     np.testing.assert_array_equal(prepared, label)  # RAS order, whatever the file's
@@ -239,3 +239,100 @@ def test_truncated_uncompressed_file(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InputError, match="truncated or damaged"):
         load_volume(path)
+
+
+# --- one code path for NumPy and CuPy -----------------------------------------------------------------------------------
+
+
+class DeviceArray:
+    """What CuPy's arrays allow, over NumPy: no implicit way to NumPy, no mixing with NumPy's arrays, `get` brings them back."""
+
+    __array_priority__ = 100
+    __array_ufunc__ = None  # NumPy arrays do not compute with it either
+
+    def __init__(self, host: np.ndarray) -> None:
+        assert type(host) is np.ndarray
+        self._host = host
+
+    def __array__(self, *args: object, **options: object) -> np.ndarray:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
+
+    def get(self) -> np.ndarray:
+        return self._host.copy()
+
+    shape = property(lambda self: self._host.shape)
+    dtype = property(lambda self: self._host.dtype)
+    ndim = property(lambda self: self._host.ndim)
+
+    def astype(self, dtype: object, copy: bool = True) -> DeviceArray:
+        return DeviceArray(self._host.astype(dtype, copy=copy))
+
+    def __gt__(self, other: DeviceArray) -> DeviceArray:
+        return DeviceArray(self._host > on_device(other))
+
+    def __setitem__(self, key: DeviceArray, value: int) -> None:
+        self._host[on_device(key)] = value
+
+
+def on_device(array: object) -> np.ndarray:
+    assert isinstance(array, DeviceArray), f"{type(array)} where only an array of the device may be"
+    return array._host
+
+
+class Cupy:
+    """As much of `cupy` as is used."""
+
+    @staticmethod
+    def asarray(array: object, dtype: object = None) -> DeviceArray:
+        return DeviceArray(np.array(array.get() if isinstance(array, DeviceArray) else array, dtype))
+
+    @staticmethod
+    def zeros(shape: object, dtype: object) -> DeviceArray:
+        return DeviceArray(np.zeros(shape, dtype))
+
+    @staticmethod
+    def where(condition: DeviceArray, a: DeviceArray, b: DeviceArray) -> DeviceArray:
+        return DeviceArray(np.where(on_device(condition), on_device(a), on_device(b)))
+
+
+class CupyNdimage:
+    """As much of `cupyx.scipy.ndimage`; `calls` counts what was computed on the device."""
+
+    calls = 0
+
+    @classmethod
+    def affine_transform(cls, array: DeviceArray, matrix: DeviceArray, **options: object) -> DeviceArray:
+        import scipy.ndimage
+
+        cls.calls += 1
+        return DeviceArray(scipy.ndimage.affine_transform(on_device(array), on_device(matrix), **options))
+
+
+def test_a_gpu_gets_and_gives_back_what_the_cpu_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole of `prepare`, and the way back of a prediction, over arrays that never turn into NumPy's by themselves."""
+    from dropgen_fast.data import geometry
+    from dropgen_fast.data.prepare import prepare_image, prepare_label
+
+    image, label = blobs((12, 10, 9))
+    image_path = write_nifti(tmp_path / "image.nii.gz", image, make_affine((1, 1.5, 2)), "LIA")
+    label_path = write_nifti(tmp_path / "label.nii.gz", label, make_affine((1, 1.5, 2)), "LIA")
+
+    def everything(spacing_mm: tuple[float, float, float]) -> list[np.ndarray]:
+        prepared = prepare_image([image_path, image_path], spacing_mm, (0.0, 900.0))
+        found, _ = prepare_label(label_path, prepared.grid_map, image_path, 3)
+        scores = np.stack([found == k for k in range(3)]).astype(np.float32)
+        back, classes = prepared.grid_map.labels_back(found), prepared.grid_map.classes_back(scores)
+        resampled, affine = resample(image, make_affine((1, 1.5, 2)), spacing_mm, 1)
+        return [prepared.array, found, back, classes, resampled, affine]
+
+    for spacing_mm, resampled in (((1, 1, 1), True), ((1, 1.5, 2), False)):
+        expected = everything(spacing_mm)
+        with monkeypatch.context() as patched:
+            patched.setattr(geometry, "array_module", lambda: (Cupy, CupyNdimage))
+            patched.setattr(CupyNdimage, "calls", 0)
+            found = everything(spacing_mm)
+            assert (CupyNdimage.calls > 0) == resampled
+        for a, b in zip(found, expected, strict=True):
+            assert type(a) is np.ndarray
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)

@@ -18,7 +18,7 @@ import pytest
 from nifti_factory import blobs, make_affine, write_cohort, write_nifti
 
 from dropgen_fast.cli import run
-from dropgen_fast.data.cohort import read_cohort, read_images, split_off_validation
+from dropgen_fast.data.cohort import read_cohort, read_images, split_off_validation, target_spacing_mm
 from dropgen_fast.data.prepare import Settings, minmax, prepare_image
 from dropgen_fast.data.store import Store
 from dropgen_fast.errors import InputError
@@ -97,15 +97,29 @@ def test_minmax() -> None:
     np.testing.assert_array_equal(minmax(np.full((2, 2), 7.0)), np.zeros((2, 2)))
 
 
-def test_float16_halves_the_store(tmp_path: Path) -> None:
+# Half a step of each type for numbers up to 1; int16 with two roundings to float32 near 1 on the way.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2**-12), ("int16", 0.5 / 32767 + 2 * 2**-24)])
+def test_two_bytes_halve_the_images(tmp_path: Path, dtype: str, tolerance: float) -> None:
     source = write_cohort(tmp_path / "cohort", {"train": 1, "val": 1})
-    for dtype in ("float32", "float16"):
-        assert prepare(source, tmp_path / dtype, "--dtype", dtype) == 0
-    full, half = (Store.open(tmp_path / dtype) for dtype in ("float32", "float16"))
+    for name in ("float32", dtype):
+        assert prepare(source, tmp_path / name, "--dtype", name) == 0
+    full, half = (Store.open(tmp_path / name) for name in ("float32", dtype))
     a, b = (s.cases("train")[0] for s in (full, half))
-    assert np.load(b.image).nbytes * 2 == np.load(a.image).nbytes
-    np.testing.assert_allclose(half.load(b)[0], full.load(a)[0], atol=2**-11)
+    assert b.layout.image_bytes * 2 == a.layout.image_bytes
+    np.testing.assert_allclose(half.load(b)[0], full.load(a)[0], rtol=0, atol=tolerance)
+    np.testing.assert_array_equal(half.load(b)[1], full.load(a)[1])
     assert full.identity() != half.identity()
+
+
+def test_bricks_of_another_size_hold_the_same(tmp_path: Path) -> None:
+    source = write_cohort(tmp_path / "cohort", {"train": 1})
+    assert prepare(source, tmp_path / "usual") == 0
+    assert prepare(source, tmp_path / "other", "--brick", "16", "8", "8") == 0
+    usual, other = (Store.open(tmp_path / name) for name in ("usual", "other"))
+    assert other.cases("train")[0].layout.brick == (16, 8, 8)
+    for a, b in zip(usual.load(usual.cases("train")[0]), other.load(other.cases("train")[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert usual.identity() != other.identity()
 
 
 def test_labels_up_to_255(tmp_path: Path) -> None:
@@ -130,6 +144,18 @@ def test_spacing_comes_from_preset_or_median(tmp_path: Path) -> None:
     store = Store.open(tmp_path / "preset")
     assert store.spacing_mm == (2, 2, 3)
     assert store.classes == ("background", "one", "two")
+
+
+def test_thick_slices_take_the_tenth_percentile() -> None:
+    """nnU-Net's rule, by hand: 11 spacings of 4 to 14 mm, whose median is 9 and 10th percentile 5."""
+    thick: list[tuple[float, ...]] = [(1.0, 5.0, 4.0 + i) for i in range(11)]
+    few = [(300, 300, 40)] * 11
+    assert target_spacing_mm([(1.0, 2.0, s[2]) for s in thick], few) == (1, 2, 5)
+    assert target_spacing_mm([(1.0, 3.0, s[2]) for s in thick], few) == (1, 3, 9)  # 9 is 3 times the others, no more
+    assert target_spacing_mm([(1.0, 2.0, s[2]) for s in thick], [(300, 300, 100)] * 11) == (1, 2, 9)  # slices enough
+    assert target_spacing_mm([(s[2], 2.0, 1.0) for s in thick], [(40, 300, 300)] * 11) == (5, 2, 1)
+    # The 10th percentile of this one is 1.1 mm: never finer than the other axes.
+    assert target_spacing_mm([(1.0, 2.0, s) for s in (1.0, 1.1, *[9.0] * 9)], few) == (1, 2, 2)
 
 
 def test_two_workers_do_what_one_does(tmp_path: Path) -> None:
@@ -206,7 +232,7 @@ def test_csv(tmp_path: Path) -> None:
     store = Store.open(tmp_path / "store")
     assert store.classes == ("background", "class_1", "class_2")
     assert [c.id for s in ("train", "val", "test") for c in store.cases(s)] == ["train_0", "train_1", "val_0", "test_0"]
-    assert store.cases("test")[0].label is None
+    assert store.cases("test")[0].label_source is None
     assert store.load(store.cases("test")[0])[1] is None
 
 
@@ -419,7 +445,7 @@ def test_second_run_touches_nothing_and_a_changed_source_is_redone(tmp_path: Pat
     source = write_cohort(tmp_path / "cohort")
     assert prepare(source, tmp_path / "store") == 0
     before, identity = snapshot(tmp_path / "store"), Store.open(tmp_path / "store").identity()
-    assert len(before) == 20
+    assert len(before) == 15
     assert prepare(source, tmp_path / "store") == 0
     assert "0 of them prepared now, 5 unchanged" in capsys.readouterr().out
     assert snapshot(tmp_path / "store") == before
@@ -439,7 +465,7 @@ def test_second_run_touches_nothing_and_a_changed_source_is_redone(tmp_path: Pat
     np.testing.assert_array_equal(store.load(store.cases("train")[1])[1][..., 0], np.asarray(nib.load(source / LABEL).dataobj))
 
     assert prepare(source, tmp_path / "store", "--prune") == 0
-    assert len(snapshot(tmp_path / "store")) == 20
+    assert len(snapshot(tmp_path / "store")) == 15
     assert Store.open(tmp_path / "store").identity() == store.identity()
 
 
@@ -514,26 +540,28 @@ def test_a_damaged_store_is_named_and_mended(tmp_path: Path) -> None:
         assert prepare(source, store_path) == 0
         assert Store.open(store_path).identity() == identity
 
-    damage("image.npy", lambda content: content[:-1])
-    damage("label.npy", lambda content: None)
-    damage("label.npy", lambda content: b"nonsense")
+    damage("volume.npy", lambda content: content[:-1])
+    damage("volume.npy", lambda content: None)
+    damage("volume.npy", lambda content: b"nonsense")
     damage("foreground.npy", lambda content: content.replace(b"(8193, 3)", b"(8192, 3)"))
     damage("case.json", lambda content: content[:50])
     index = store_path / "store.json"
-    index.write_text(index.read_text().replace('"format_version": 1', '"format_version": 99'))
+    index.write_text(index.read_text().replace('"format_version": 2', '"format_version": 99'))
     with pytest.raises(InputError, match="format 99"):
         Store.open(store_path)
 
 
 def test_two_runs_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from dropgen_fast.data.prepare import _locked
+    from dropgen_fast.data.store import locked
 
     source = write_cohort(tmp_path / "cohort", {"train": 1})
-    with _locked(tmp_path / "store"):
+    with locked(tmp_path / "store"):
         assert prepare(source, tmp_path / "store") == 2
     assert "another process is preparing" in capsys.readouterr().err
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(InputError, match="float32 or float16"):
+    with pytest.raises(InputError, match="one of float32"):
         Settings((1, 1, 1), dtype="int8")
+    with pytest.raises(InputError, match="three numbers of voxels"):
+        Settings((1, 1, 1), brick=(32, 32, 2))

@@ -20,9 +20,11 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from dropgen_fast.errors import InputError
 
@@ -32,6 +34,8 @@ ENDINGS = (".nii.gz", ".nii")
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 MAX_CLASSES = 256
 """Labels are stored in one byte."""
+ANISOTROPIC = 3.0
+"""How many times the spacing of the others an axis has that counts as anisotropic, as in nnU-Net."""
 
 
 @dataclass(frozen=True)
@@ -335,8 +339,22 @@ def _can_name_a_folder(case_id: str) -> bool:
             and len(case_id.encode()) <= 200)
 
 
-def median_spacing_mm(spacings: Iterable[Sequence[float]]) -> tuple[float, float, float]:
-    """The median of each axis over the cases' spacings in millimetres."""
-    columns = [sorted(axis) for axis in zip(*spacings, strict=True)]
-    middle = [(axis[(len(axis) - 1) // 2] + axis[len(axis) // 2]) / 2 for axis in columns]
-    return middle[0], middle[1], middle[2]
+def target_spacing_mm(spacings_mm: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]]) -> tuple[float, float, float]:
+    """The spacing to resample a cohort to: the median of each axis over the cases, with nnU-Net's exception.
+
+    Where one axis' median is more than `ANISOTROPIC` times the larger of the two others', and its median number of voxels less
+    than that part of the smaller of theirs, half of the cases would lose slices that they cannot spare: that axis takes the 10th
+    percentile of its spacings, but never less than the larger of the two others'.
+
+    Args:
+        spacings_mm: of each case along the same three axes, millimetres.
+        shapes: voxels of each case along these axes.
+    """
+    target, voxels = np.median(np.asarray(spacings_mm, np.float64), axis=0), np.median(np.asarray(shapes), axis=0)
+    worst = int(np.argmax(target))
+    others = [axis for axis in range(3) if axis != worst]
+    if target[worst] > ANISOTROPIC * target[others].max() and voxels[worst] * ANISOTROPIC < voxels[others].min():
+        tenth = np.percentile([spacing[worst] for spacing in spacings_mm], 10)
+        target[worst] = max(tenth, target[others].max())
+    x, y, z = map(float, target)
+    return x, y, z

@@ -5,6 +5,11 @@ scan stays oblique, and the way back is exact. A grid's field of view is the box
 resampling keeps that box, as ``torch.nn.functional.interpolate(align_corners=False)`` does, so the spacing that results
 differs from the requested one by what rounding to whole voxels asks for.
 
+Images are interpolated linearly along every axis, whatever the spacing, as the paper's code does. nnU-Net treats axes with thick
+slices apart (nearest neighbour across slices) because it interpolates with cubic splines, which overshoot where slices differ
+much. Linear interpolation is done axis by axis as it is, never leaves the range of the voxels it lies between, and keeps
+structures where they are, where taking the nearest slice would shift them by up to half a slice. Labels take the nearest voxel.
+
 Everything that touches voxels runs on CuPy where there is a GPU and on NumPy and SciPy otherwise, through the same lines.
 """
 
@@ -153,10 +158,11 @@ def to_ras(array: npt.NDArray[Any], affine: npt.NDArray[np.float64]) -> tuple[np
             affine @ orientations.inv_ornt_aff(ornt, array.shape))
 
 
-def ras_spacing_mm(grid: Grid) -> Triple:
-    """A grid's spacing along the axes that run right, front and top once it is reoriented to RAS."""
-    x, y, z = (grid.spacing_mm[axis] for axis in np.argsort(orientations.io_orientation(grid.affine)[:, 0]))
-    return x, y, z
+def ras_grid(grid: Grid) -> Grid:
+    """A grid as it is after `to_ras`: axes that run to the right, the front and the top."""
+    ornt = orientations.io_orientation(grid.affine)
+    i, j, k = (int(grid.shape[axis]) for axis in np.argsort(ornt[:, 0]))
+    return Grid((i, j, k), grid.affine @ orientations.inv_ornt_aff(ornt, grid.shape))
 
 
 def resampled_shape(shape: Sequence[int], from_mm: Sequence[float], to_mm: Sequence[float]) -> Shape:
@@ -206,11 +212,9 @@ class GridMap:
     @classmethod
     def to_spacing(cls, original: Grid, spacing_mm: Sequence[float]) -> GridMap:
         """The map that reorients `original` to RAS and resamples it to `spacing_mm` (given for the RAS axes)."""
-        ornt = orientations.io_orientation(original.affine)
-        shape = tuple(int(original.shape[axis]) for axis in np.argsort(ornt[:, 0]))
-        affine = original.affine @ orientations.inv_ornt_aff(ornt, original.shape)
-        new_shape = resampled_shape(shape, np.linalg.norm(affine[:3, :3], axis=0), spacing_mm)
-        return cls(original, Grid(new_shape, resized_affine(affine, shape, new_shape)))
+        ras = ras_grid(original)
+        new_shape = resampled_shape(ras.shape, ras.spacing_mm, spacing_mm)
+        return cls(original, Grid(new_shape, resized_affine(ras.affine, ras.shape, new_shape)))
 
     def forward(self, array: npt.NDArray[Any], order: int) -> npt.NDArray[Any]:
         """Bring a volume from the original to the prepared grid; `order` as in `resize`."""
@@ -243,9 +247,7 @@ class GridMap:
 
     @property
     def _ras_shape(self) -> Shape:
-        ornt = orientations.io_orientation(self.original.affine)
-        i, j, k = (int(self.original.shape[axis]) for axis in np.argsort(ornt[:, 0]))
-        return i, j, k
+        return ras_grid(self.original).shape
 
     def _reorient_back(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         to_original = orientations.ornt_transform(orientations.axcodes2ornt("RAS"),

@@ -6,16 +6,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import dataclasses
+import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+import uuid
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,24 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from dropgen_fast.data.cohort import MAX_CLASSES, SPLITS, Case, Cohort, LeftOut, median_spacing_mm
-from dropgen_fast.data.geometry import Grid, GridMap, Triple, Volume, largest_offset_mm, load_volume, ras_spacing_mm, read_grid
+from dropgen_fast import __version__
+from dropgen_fast.data.bricks import BRICK, DTYPES, Layout, Shape, write_npy, write_volume
+from dropgen_fast.data.cohort import MAX_CLASSES, SPLITS, Case, Cohort, LeftOut, target_spacing_mm
+from dropgen_fast.data.geometry import Grid, GridMap, Triple, Volume, largest_offset_mm, load_volume, ras_grid, read_grid
+from dropgen_fast.data.parallel import OnSharedFolder, in_processes, on_cluster, one_by_one
 from dropgen_fast.data.store import (
     FORMAT_VERSION,
+    LOCK,
+    DiskError,
     Entry,
     StoreIndex,
-    is_store,
+    flush_folder,
+    locked,
     open_case,
+    others,
     write_index,
     write_json,
-    write_npy,
+    writing,
 )
 from dropgen_fast.errors import InputError
 
@@ -46,7 +52,6 @@ a rotation of nearly half a turn stored as a quaternion loses half the digits, s
 than a tenth of a voxel moves no label to another voxel, more is a different grid."""
 WHOLE = 1e-3
 """How far a label may be from a whole number: integers stored with a scale factor come back slightly off."""
-LOCK = ".dropgen_fast_store"
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Settings:
     spacing_mm: Triple
     intensity_window: tuple[float, float] | None = None
     dtype: str = "float32"
+    brick: Shape = BRICK
 
     def __post_init__(self) -> None:
         """Check the values; raises `InputError`."""
@@ -64,8 +70,10 @@ class Settings:
         window = self.intensity_window
         if window is not None and not (len(window) == 2 and np.isfinite(window).all() and window[0] < window[1]):
             raise InputError(f"intensity_window must be two numbers, low < high, got {window}")
-        if self.dtype not in ("float32", "float16"):
-            raise InputError(f"dtype must be float32 or float16, got {self.dtype!r}")
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if len(self.brick) != 3 or not all(4 <= n <= 256 for n in self.brick):
+            raise InputError(f"brick must be three numbers of voxels, 4 to 256 each, got {self.brick}")
 
 
 @dataclass(frozen=True)
@@ -239,7 +247,7 @@ def _is_whole(store: Path, case: Case, entry: Entry, settings: Settings) -> bool
     if not (store / entry.folder).is_dir():
         return False
     try:
-        open_case(store, case.split, case.id, entry, dtype=settings.dtype)
+        open_case(store, case.split, case.id, entry, dtype=settings.dtype, brick=settings.brick)
     except InputError:
         shutil.rmtree(store / entry.folder)  # damaged since it was written: make it anew
         return False
@@ -255,26 +263,45 @@ def _write_case(case: Case, folder: Path, settings: Settings, digest: str, class
     rows = np.empty((0, 3), np.int32) if label is None else foreground_rows(
         label, np.random.default_rng(int(digest[:16], 16)))
     grids = image.grid_map
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    layout = Layout(grids.prepared.shape, len(case.images), settings.dtype, label is not None, settings.brick)
+    _check_content(case, image.array, label, counts)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")  # two machines of a cluster may have a case at once
     try:
-        write_npy(temporary / "image.npy", image.array.astype(settings.dtype, copy=False))
-        write_npy(temporary / "foreground.npy", np.concatenate([[grids.prepared.shape], rows]).astype(np.int32))
-        if label is not None:
-            write_npy(temporary / "label.npy", label[..., None])
-        write_json(temporary / "case.json", {
-            "id": case.id, "hash": digest,
-            "original_shape": grids.original.shape, "original_affine": grids.original.affine.tolist(),
-            "prepared_shape": grids.prepared.shape, "prepared_affine": grids.prepared.affine.tolist(),
-            "prepared_spacing_mm": grids.prepared.spacing_mm,
-            "intensities": image.statistics, "label_voxels": counts,
-            "prepared_label_voxels": {} if label is None else voxels_per_value(label),
-            "foreground_rows": len(rows),
-        })
-        os.rename(temporary, folder)
+        with writing(folder):
+            temporary.mkdir(parents=True)
+            files = {"volume.npy": write_volume(temporary / "volume.npy", layout, image.array, label),
+                     "foreground.npy": write_npy(temporary / "foreground.npy",
+                                                 np.concatenate([[grids.prepared.shape], rows]).astype(np.int32))}
+            write_json(temporary / "case.json", {
+                "id": case.id, "hash": digest, "dtype": settings.dtype, "brick": settings.brick,
+                "files": {name: dataclasses.asdict(record) for name, record in files.items()},
+                "original_shape": grids.original.shape, "original_affine": grids.original.affine.tolist(),
+                "prepared_shape": grids.prepared.shape, "prepared_affine": grids.prepared.affine.tolist(),
+                "prepared_spacing_mm": grids.prepared.spacing_mm,
+                "intensities": image.statistics, "label_voxels": counts,
+                "prepared_label_voxels": {} if label is None else voxels_per_value(label),
+                "foreground_rows": len(rows),
+            })
+            flush_folder(temporary)
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                if not folder.is_dir():  # it is where another machine was faster: the same content
+                    raise
+            flush_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_content(case: Case, image: npt.NDArray[np.float32], label: npt.NDArray[np.uint8] | None, counts: dict[int, int]
+                   ) -> None:
+    """Whether what is about to be written is what training may expect; a GPU's or a machine's fault ends here."""
+    low, high = image.min(), image.max()
+    if not (low >= 0 and high <= 1):  # nor where they are NaN
+        raise InputError(f"{case.images[0]} came out with intensities from {low} to {high}, not within 0 to 1: prepare it again")
+    if label is not None and (label.shape != image.shape[:3] or not set(voxels_per_value(label)) <= set(counts)):
+        raise InputError(f"{case.label} came out with shape {label.shape}, expected {image.shape[:3]}, or with values that the "
+                         "file does not have: prepare it again")
 
 
 def _case_warnings(case: Case, info: dict[str, Any]) -> Iterator[str]:
@@ -290,7 +317,7 @@ def _case_warnings(case: Case, info: dict[str, Any]) -> Iterator[str]:
 
 def _digest(case: Case, settings: Settings) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT_VERSION, settings.spacing_mm, settings.intensity_window, settings.dtype,
-                                        FOREGROUND_ROWS, len(case.images), case.label is not None]).encode())
+                                        settings.brick, FOREGROUND_ROWS, len(case.images), case.label is not None]).encode())
     for path in (*case.images, *([case.label] if case.label else [])):
         digest.update(_file_digest(path))
     return digest.hexdigest()
@@ -318,43 +345,44 @@ class Report:
 
 
 def cohort_spacing_mm(cohort: Cohort) -> Triple:
-    """The median spacing of the training images along the RAS axes, in millimetres; unreadable files do not count."""
-    def spacing(case: Case) -> Triple | InputError:
+    """The spacing for a cohort, from its training images' headers (`target_spacing_mm`); unreadable files do not count."""
+    def grid(case: Case) -> Grid | InputError:
         try:
-            grid = read_grid(case.images[0])
+            return ras_grid(read_grid(case.images[0]))
         except InputError as error:
             return error
-        return ras_spacing_mm(grid)
 
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(spacing, cohort.split("train")))
-    known = [s for s in found if not isinstance(s, InputError)]
-    if not known:
+        found = list(pool.map(grid, cohort.split("train")))
+    grids = [g for g in found if isinstance(g, Grid)]
+    if not grids:
         raise InputError(f"no training image is readable, the first one: {found[0]}")
-    x, y, z = (round(s, 6) for s in median_spacing_mm(known))
+    x, y, z = (round(s, 6) for s in target_spacing_mm([g.spacing_mm for g in grids], [g.shape for g in grids]))
     return x, y, z
 
 
 def prepare_cohort(cohort: Cohort, store: Path, settings: Settings, *, classes: tuple[str, ...] | None = None,
-                   preset: str | None = None, workers: int = 1, strict: bool = False, prune: bool = False) -> Report:
-    """Prepare every case of a cohort and write the store's index last.
+                   preset: str | None = None, workers: int = 1, scheduler: str | None = None, strict: bool = False,
+                   prune: bool = False) -> Report:
+    """Prepare every case of a cohort, in `workers` processes or on a Dask cluster, and write the store's index last.
 
     A case that fails is left out, named in the report and in the index, and stops nothing, unless `strict`. `classes` default
     to the cohort's; where neither says, they are numbered up to the highest value of the training labels. `prune` removes
-    case folders that the new index does not name.
+    case folders that the new index does not name. On a cluster (`scheduler`, an address like tcp://host:8786) every worker must
+    see the sources and the store at the same paths; the lock on the store is held here.
 
     Raises:
-        InputError: `store` holds something else, another process is writing to it, no training case could be prepared, or
-            (`strict`) the first failing case.
+        InputError: `store` holds something else, another process is writing to it, no training case could be prepared, the
+            cluster fails, or (`strict`) the first failing case; `DiskError` where the store cannot be written.
     """
     classes = classes or cohort.classes
     report = Report(left_out=list(cohort.left_out), warnings=list(cohort.warnings))
     if strict and report.left_out:
         raise InputError(f"case {report.left_out[0].id}: {report.left_out[0].reason}")
     store = Path(store).absolute()
-    with _locked(store):
-        with contextlib.closing(_prepare_all(cohort.cases, store, settings, len(classes) if classes else None, workers)
-                                ) as results:
+    with locked(store) as run:
+        with contextlib.closing(_prepare_all(cohort.cases, store, settings, len(classes) if classes else None, workers,
+                                             scheduler, run, report.warnings.append)) as results:
             for result in results:
                 if isinstance(result, Prepared):
                     report.prepared.append(result)
@@ -374,39 +402,35 @@ def prepare_cohort(cohort: Cohort, store: Path, settings: Settings, *, classes: 
         report.warnings += [w for p in report.prepared for w in p.warnings] + _cohort_warnings(report, training)
         index = StoreIndex(
             classes=report.classes, channels=cohort.channels or _numbered_channels(training[0]),
-            spacing_mm=settings.spacing_mm, intensity_window=settings.intensity_window, dtype=settings.dtype, preset=preset,
+            spacing_mm=settings.spacing_mm, intensity_window=settings.intensity_window, dtype=settings.dtype,
+            brick=settings.brick, preset=preset,
             cases={split: {p.case.id: p.entry for p in report.prepared if p.case.split == split} for split in SPLITS},
             left_out={entry.id: entry.reason for entry in report.left_out})
         write_index(store, index)
         if prune:
-            _remove_others(store, index)
+            for folder in others(store, index):
+                shutil.rmtree(folder)
     return report
 
 
-def _prepare_all(cases: Sequence[Case], store: Path, settings: Settings, class_count: int | None, workers: int
-                 ) -> Generator[Prepared | LeftOut, None, None]:
-    def progress(results: Iterator[Prepared | LeftOut]) -> Iterator[Prepared | LeftOut]:
+def _prepare_all(cases: Sequence[Case], store: Path, settings: Settings, class_count: int | None, workers: int,
+                 scheduler: str | None, run: str, warn: Callable[[str], None]) -> Generator[Prepared | LeftOut, None, None]:
+    """Every case, wherever there is room for it; `run` is what `locked` gave."""
+    work = functools.partial(_try_case, store=store, settings=settings, class_count=class_count)
+    if scheduler:
+        shared = OnSharedFolder(work, store / LOCK, run, __version__)
+        results = on_cluster(shared, cases, scheduler, lost=lambda case, reason: LeftOut(case.id, reason), warn=warn)
+    else:
+        results = in_processes(work, cases, workers) if workers > 1 else one_by_one(work, cases)
+    with contextlib.closing(results):
         yield from tqdm(results, total=len(cases), desc="prepare", unit="case", disable=None)
-
-    if workers <= 1:
-        yield from progress(_try_case(case, store, settings, class_count) for case in cases)
-        return
-    # Spawned, not forked: a forked child of a process that has touched CUDA cannot use it.
-    pool = ProcessPoolExecutor(min(workers, len(cases)), mp_context=multiprocessing.get_context("spawn"),
-                               initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is the parent's
-    try:
-        futures = [pool.submit(_try_case, case, store, settings, class_count) for case in cases]
-        yield from progress(future.result() for future in as_completed(futures))
-    except BrokenProcessPool as error:
-        raise InputError("a worker process ended abruptly, most likely for want of memory: use fewer workers and run again, "
-                         "what was prepared is kept (a script of yours needs `if __name__ == \"__main__\":`)") from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _try_case(case: Case, store: Path, settings: Settings, class_count: int | None) -> Prepared | LeftOut:
     try:
         return prepare_case(case, store, settings, class_count)
+    except DiskError:
+        raise  # not this case's fault, and the next one would meet it too
     except InputError as error:
         return LeftOut(case.id, str(error))
     except MemoryError:
@@ -442,35 +466,3 @@ def _cohort_warnings(report: Report, training: Sequence[Prepared]) -> list[str]:
 def _numbered_channels(prepared: Prepared) -> tuple[str, ...]:
     count = len(prepared.case.images)
     return ("image",) if count == 1 else tuple(f"image_{i:04d}" for i in range(count))
-
-
-@contextlib.contextmanager
-def _locked(store: Path) -> Iterator[None]:
-    """Hold the store for writing; its lock file also marks the folder of an unfinished first `prepare` as ours."""
-    if store.exists() and not store.is_dir():
-        raise InputError(f"{store} is a file, not a folder for a store")
-    if store.is_dir() and not is_store(store) and not (store / LOCK).exists() and any(store.iterdir()):
-        raise InputError(f"{store} holds something that is not a prepared store: choose another folder or an empty one")
-    store.mkdir(parents=True, exist_ok=True)
-    with (store / LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another process is preparing into {store}: wait for it to end") from error
-        (store / "cases").mkdir(exist_ok=True)
-        for leftover in (store / "cases").glob(".*"):  # of a run that was killed; the lock says that none is running
-            shutil.rmtree(leftover)
-        yield
-
-
-def _remove_others(store: Path, index: StoreIndex) -> None:
-    named = {store / entry.folder for cases in index.cases.values() for entry in cases.values()}
-    for folder in (store / "cases").iterdir():
-        if folder not in named:
-            shutil.rmtree(folder)
-
-
-def unreferenced(store: Path, report: Report) -> int:
-    """How many case folders of the store the report's index does not name (older sources or settings)."""
-    named = {store / p.entry.folder for p in report.prepared}
-    return sum(folder not in named for folder in (store / "cases").iterdir())

@@ -3,13 +3,12 @@
 ::
 
     store.json                      what the store holds (below); renamed into place last
-    cases/<id>-<hash>/image.npy     (D, H, W, C) float32 or float16, each channel in [0, 1]
-                      label.npy     (D, H, W, 1) uint8; none for a test case without a label
+    cases/<id>-<hash>/volume.npy    (BZ, BY, BX, bytes) uint8: bricks of image (float32, float16 or int16) and label, see `bricks`
                       foreground.npy  (1 + R, 3) int32: the shape, then R voxel coordinates of foreground
-                      case.json     where it came from, geometry, statistics
+                      case.json     where it came from, geometry, statistics, and what each of the files above was when written
 
-Arrays are in RAS voxel order, C-contiguous, in .npy format 1.0, so that DALI's reader can take regions out of them. In
-`foreground.npy` every class that occurs has the same number of rows: a row at random is a class at random.
+Volumes are in RAS voxel order, each channel of an image in [0, 1]. In `foreground.npy` every class that occurs has the same
+number of rows: a row at random is a class at random.
 
 A case's folder bears the hash of everything that its content depends on (bytes of the sources, settings, format version). It
 is written under another name and renamed when complete, so a folder that bears its name is whole, and is never changed.
@@ -17,13 +16,16 @@ is written under another name and renamed when complete, so a folder that bears 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import hashlib
-import io
 import json
 import os
-import threading
-from collections.abc import Mapping, Sequence
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,18 +34,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dropgen_fast.data.bricks import FileRecord, Layout, checksum, npy_problem, read_volume
 from dropgen_fast.data.cohort import SPLITS
 from dropgen_fast.errors import InputError
-from dropgen_fast.files import write_atomically
+from dropgen_fast.files import read_ahead_kib, write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KIND = "dropgen_fast store"
 INDEX = "store.json"
-HEADER_BYTES = 4096
-"""More than the header of any volume takes."""
-PARSING = threading.Lock()
-"""NumPy parses a header as Python source, which some versions of CPython 3.11 and 3.12 do not always survive in two threads at
-once ("SystemError: AST constructor recursion depth mismatch")."""
+READ_AHEAD_KIB = 128
+"""What Linux reads ahead where nobody changed it, and what bricks are made for."""
+LOCK = ".dropgen_fast_store"
+
+
+class DiskError(InputError):
+    """The store's disk refuses to be written: it is full, say, or read-only."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +63,9 @@ class StoredCase:
     info: Mapping[str, Any]
 
     @property
-    def image(self) -> Path:
-        """Path of image.npy."""
-        return self.folder / "image.npy"
-
-    @property
-    def label(self) -> Path | None:
-        """Path of label.npy; None for a case without a label."""
-        return self.folder / "label.npy" if self.label_source else None
+    def volume(self) -> Path:
+        """Path of volume.npy."""
+        return self.folder / "volume.npy"
 
     @property
     def foreground(self) -> Path:
@@ -77,6 +77,12 @@ class StoredCase:
         """Voxels of the prepared volume, (D, H, W)."""
         d, h, w = self.info["prepared_shape"]
         return d, h, w
+
+    @property
+    def layout(self) -> Layout:
+        """How volume.npy is laid out."""
+        bz, by, bx = self.info["brick"]
+        return Layout(self.shape, len(self.sources), self.info["dtype"], self.label_source is not None, (bz, by, bx))
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ class StoreIndex:
     spacing_mm: tuple[float, float, float]
     intensity_window: tuple[float, float] | None
     dtype: str
+    brick: tuple[int, int, int]
     preset: str | None
     cases: Mapping[str, Mapping[str, Entry]]
     left_out: Mapping[str, str]
@@ -112,7 +119,11 @@ class Store:
 
     @classmethod
     def open(cls, path: Path | str) -> Store:
-        """Open a store and check that every file of every case is there, whole and what it should be.
+        """Open a store and check that every file of every case is there, whole, and the one that was written.
+
+        Header and size of each file are always looked at. Where its time of modification is not the recorded one, its bytes
+        are read and their checksum decides: a store that was copied without its times is sound, but every opening reads all of
+        it. Copy with times (``cp -a``, ``rsync -a``), and opening reads a page of each file.
 
         Raises:
             InputError: `path` is no store, was written by another version, or a file is missing or damaged (named).
@@ -121,7 +132,7 @@ class Store:
         index = read_index(path)
         jobs = [(split, case_id, entry) for split in SPLITS for case_id, entry in index.cases[split].items()]
         with ThreadPoolExecutor(16) as pool:  # waiting for a file server, not computing
-            found = list(pool.map(lambda job: open_case(path, *job, dtype=index.dtype), jobs))
+            found = list(pool.map(lambda job: open_case(path, *job, dtype=index.dtype, brick=index.brick), jobs))
         return cls(path, index, {split: tuple(c for c in found if c.split == split) for split in SPLITS})
 
     def cases(self, split: str) -> tuple[StoredCase, ...]:
@@ -158,13 +169,28 @@ class Store:
     def identity(self) -> str:
         """A hash of the content: equal if and only if classes, channels, settings, splits and every case are equal."""
         folders = {split: {case.id: case.folder.name for case in cases} for split, cases in self._cases.items()}
-        content = [FORMAT_VERSION, self.classes, self.channels, self.spacing_mm, self.intensity_window, self.index.dtype, folders]
+        content = [FORMAT_VERSION, self.classes, self.channels, self.spacing_mm, self.intensity_window, self.index.dtype,
+                   self.index.brick, folders]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def load(self, case: StoredCase) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8] | None]:
         """The image (D, H, W, C) as float32 and the label (D, H, W, 1), None where there is none."""
-        image = _read_npy(case.image).astype(np.float32, copy=False)
-        return image, _read_npy(case.label) if case.label else None
+        return read_volume(case.volume, case.layout)
+
+
+def slow_disk(store: Store) -> str:
+    """What to change of the disk that holds a store larger than this machine's memory, "" if nothing.
+
+    Around each run of bytes that a crop asks for, the kernel reads ahead: docs/loading.md has what that costs.
+    """
+    size = sum(case.volume.stat().st_size for split in SPLITS for case in store.cases(split))
+    if size <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        return ""  # it stays in the page cache once it is read
+    ahead = read_ahead_kib(store.path)
+    if ahead is None or ahead <= READ_AHEAD_KIB:
+        return ""
+    return (f"the disk of {store.path} reads {ahead} KiB ahead of every run of bytes, several times what a crop needs: "
+            f"set its read_ahead_kb to {READ_AHEAD_KIB} (docs/loading.md)")
 
 
 def is_store(path: Path) -> bool:
@@ -198,74 +224,117 @@ def read_index(path: Path) -> StoreIndex:
 def write_index(path: Path, index: StoreIndex) -> None:
     """Write store.json in one step: readers see the old one or the new one."""
     content = {"kind": KIND, "format_version": FORMAT_VERSION, **dataclasses.asdict(index)}
-    write_atomically(path / INDEX, json.dumps(content, indent=1))
+    with writing(path / INDEX):
+        write_atomically(path / INDEX, json.dumps(content, indent=1))
 
 
-def open_case(store: Path, split: str, case_id: str, entry: Entry, *, dtype: str) -> StoredCase:
-    """A case of the store, its files checked by header and size; raises `InputError` naming the file at fault."""
+def open_case(store: Path, split: str, case_id: str, entry: Entry, *, dtype: str, brick: tuple[int, int, int]) -> StoredCase:
+    """A case of the store, its files checked as `Store.open` says; raises `InputError` naming the file at fault."""
     folder = store / entry.folder
     try:
         info = json.loads((folder / "case.json").read_text())
         case = StoredCase(case_id, split, folder, tuple(map(Path, entry.images)),
                           Path(entry.label) if entry.label else None, info)
-        expected = [(case.image, (*case.shape, len(case.sources)), dtype),
-                    (case.foreground, (1 + int(info["foreground_rows"]), 3), "int32")]
-        if case.label:
-            expected.append((case.label, (*case.shape, 1), "uint8"))
+        expected: list[tuple[Path, tuple[int, ...], str]] = [
+            (case.volume, case.layout.file_shape, "uint8"),
+            (case.foreground, (1 + int(info["foreground_rows"]), 3), "int32")]
+        if (case.layout.dtype, case.layout.brick) != (dtype, tuple(brick)) or folder.name != f"{info['id']}-{info['hash'][:12]}":
+            raise ValueError(f"it is of {info['id']}, {info['hash'][:12]}, {info['dtype']}, bricks of {info['brick']}")
+        records = {path: FileRecord(**info["files"][path.name]) for path, _, _ in expected}
     except FileNotFoundError as error:
         raise InputError(f"case {case_id}: {error.filename} is missing: prepare the store again") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"case {case_id}: {folder / 'case.json'} is damaged ({error!r}): delete {folder} and prepare the "
                          "store again") from error
     for path, shape, wanted in expected:
-        if problem := _npy_problem(path, shape, wanted):
+        if problem := npy_problem(path, shape, wanted) or _change(path, records[path]):
             raise InputError(f"case {case_id}: {path} {problem}: delete {folder} and prepare the store again")
     return case
 
 
-def _npy_problem(path: Path, shape: Sequence[int], dtype: str) -> str:
-    """What is wrong with a .npy file ("" if nothing), judged from its header and its size."""
+def _change(path: Path, record: FileRecord) -> str:
+    """How a file differs from what was written ("" if not); its bytes are read only where its time is another."""
     try:
-        with path.open("rb") as file:
-            start = io.BytesIO(file.read(HEADER_BYTES))
-            with PARSING:
-                if np.lib.format.read_magic(start) != (1, 0):
-                    return "is not in .npy format 1.0"
-                found, fortran, found_dtype = np.lib.format.read_array_header_1_0(start)
-            size = start.tell() + int(np.prod(shape)) * np.dtype(dtype).itemsize
-            if found != tuple(shape) or fortran or found_dtype != np.dtype(dtype):
-                return f"holds {found_dtype} {found}, expected {dtype} {tuple(shape)} in C order"
-            if (actual := file.seek(0, os.SEEK_END)) != size:
-                return f"has {actual} bytes, expected {size}"
-    except FileNotFoundError:
-        return "is missing"
-    except (OSError, ValueError) as error:
-        return f"is damaged ({' '.join(str(error).split())})"
+        status = path.stat()
+        if status.st_size != record.bytes:
+            return f"has {status.st_size} bytes, {record.bytes} were written"
+        if status.st_mtime_ns != record.mtime_ns and checksum(path) != record.crc32:
+            return "was changed after it was written (its checksum is another)"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
     return ""
-
-
-def _read_npy(path: Path) -> npt.NDArray[Any]:
-    try:
-        array: npt.NDArray[Any] = np.load(path)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} cannot be read ({error}): prepare the store again") from error
-    return array
-
-
-def write_npy(path: Path, array: npt.NDArray[Any]) -> None:
-    """Write an array in C order and .npy format 1.0 and wait until it is on the disk."""
-    with path.open("wb") as file:
-        np.lib.format.write_array(file, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-        _flush(file)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file and wait until it is on the disk."""
     with path.open("w") as file:
         json.dump(content, file, indent=1)
-        _flush(file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def flush_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever the file system refuses within the block becomes a `DiskError` about the file it names, or else about `path`."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise DiskError(f"{error.filename or path} cannot be written: {error.strerror or error}; "
+                        f"{'make room' if full else 'put that right'} and run again, what was prepared is kept") from error
+
+
+@contextlib.contextmanager
+def locked(store: Path) -> Iterator[str]:
+    """Hold a store for writing; its lock file also marks the folder of an unfinished first `prepare` as ours.
+
+    Yields what the lock file holds, another text each time, by which other machines know that they see this folder. Between
+    machines the lock holds as far as their file system's locks do (NFS version 4 has them).
+
+    Raises:
+        InputError: the folder holds something else, or another process holds it.
+    """
+    if store.exists() and not store.is_dir():
+        raise InputError(f"{store} is a file, not a folder for a store")
+    if store.is_dir() and not is_store(store) and not (store / LOCK).exists() and any(store.iterdir()):
+        raise InputError(f"{store} holds something that is not a prepared store: choose another folder or an empty one")
+    with writing(store):
+        store.mkdir(parents=True, exist_ok=True)
+        lock = (store / LOCK).open("a")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another process is preparing into {store}: wait for it to end") from error
+        with writing(store / LOCK):
+            (store / "cases").mkdir(exist_ok=True)
+            _remove_leftovers(store)  # first, so that there is room on a full disk
+            lock.truncate(0)
+            lock.write(content := uuid.uuid4().hex)
+            lock.flush()
+            os.fsync(lock.fileno())
+        try:
+            yield content
+        finally:
+            _remove_leftovers(store)
+
+
+def _remove_leftovers(store: Path) -> None:
+    """Folders of cases that were begun and not finished; the lock says that no other run is at them."""
+    for leftover in (store / "cases").glob(".*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def others(store: Path, index: StoreIndex) -> list[Path]:
+    """The case folders that an index does not name: of older sources or settings."""
+    named = {store / entry.folder for cases in index.cases.values() for entry in cases.values()}
+    return [folder for folder in (store / "cases").iterdir() if folder not in named]
