@@ -5,13 +5,15 @@ A preset is data, one YAML file in `dropgen_fast/presets` or anywhere else: a ne
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dropgen_fast.data.augmentation import RECIPES, AugmentationConfig
 from dropgen_fast.errors import InputError
 
 
@@ -27,8 +29,14 @@ class Preset:
     """Training patch in voxels; None: chosen from the prepared store."""
     intensity_window: tuple[float, float] | None = None
     """Intensities are clipped to (low, high) before the min-max rescaling (CT: Hounsfield units); None: no clipping."""
-    mirror: bool = True
-    """Whether flips and rotations by 90° are allowed; not where left and right are different labels."""
+    recipe: str = "dropgen"
+    """Where the augmentation's settings start from: dropgen (the paper's), nnunet, or off."""
+    augmentation: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of `AugmentationConfig` that differ from the recipe's: mirror: false where left and right are different labels."""
+
+    def augmentation_config(self, patch: Sequence[int] | None = None, recipe: str | None = None) -> AugmentationConfig:
+        """The augmentation that the data set asks for, for a patch (D, H, W); `recipe` takes the place of the preset's own."""
+        return AugmentationConfig.named(recipe or self.recipe, patch).changed(self.augmentation, "augmentation")
 
 
 def preset_names() -> list[str]:
@@ -86,5 +94,8 @@ def _check_preset(name: str, preset: Preset) -> None:
     if preset.classes is not None and not (isinstance(preset.classes, tuple) and len(preset.classes) >= 2
                                            and all(isinstance(c, str) for c in preset.classes)):
         raise InputError(f"preset {name}: classes must be at least two names, background first, got {preset.classes}")
-    if not isinstance(preset.mirror, bool):
-        raise InputError(f"preset {name}: mirror must be true or false, got {preset.mirror}")
+    if preset.recipe not in RECIPES:
+        raise InputError(f"preset {name}: recipe must be one of {', '.join(RECIPES)}, got {preset.recipe!r}")
+    if not isinstance(preset.augmentation, dict):
+        raise InputError(f"preset {name}: augmentation must be a mapping of settings, got {preset.augmentation!r}")
+    AugmentationConfig.named(preset.recipe).changed(preset.augmentation, f"preset {name}: augmentation")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import math
 import re
 import signal
@@ -13,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -23,9 +24,10 @@ from tqdm import tqdm
 from dropgen_fast import checkpoint
 from dropgen_fast.cli import run
 from dropgen_fast.config import load_preset
+from dropgen_fast.data.augment import ChainName
 from dropgen_fast.data.augmentation import AugmentationConfig
 from dropgen_fast.data.pipeline import Batch, TrainingPipeline
-from dropgen_fast.data.store import Store
+from dropgen_fast.data.store import Store, is_store, read_index, slow_disk
 from dropgen_fast.errors import InputError
 from dropgen_fast.inference import choose_device, class_probabilities, dice_per_class
 from dropgen_fast.model import ModelConfig, build_model, check_extractor, extractor_identity
@@ -58,8 +60,12 @@ class TrainConfig:
     """Of AdamW."""
     foreground_fraction: float = 0.0
     """Share of the patches that are placed on a foreground voxel of a random class; the others are uniform."""
-    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    """Probabilities and ranges of the augmentations."""
+    recipe: Literal["dropgen", "nnunet", "off"] | None = None
+    """Where the augmentation's settings start from: the paper's, nnU-Net's, or none (off); default the preset's."""
+    augmentation: Annotated[AugmentationConfig | None, tyro.conf.AvoidSubcommands] = None
+    """Probabilities and ranges of the augmentations; what is not given comes from the preset, then from the recipe."""
+    chain: ChainName = "fused"
+    """What does the intensities: one op (fused), or one DALI operator after the other (dali); the same voxels."""
     validate_every: int = 1000
     """Steps between validations; last.pt is written then, and best.pt where the mean Dice has risen."""
     log_every: int = 50
@@ -110,11 +116,13 @@ class Trainer:
         for split, name in (("train", "training"), ("val", "validation")):
             if not self.store.cases(split):
                 raise InputError(f"store {config.store} has no {name} cases; prepare it with some")
+        if warning := slow_disk(self.store):
+            print(f"dropgen-fast train: warning: {warning}", file=sys.stderr)
         preset = load_preset(config.preset or self.store.preset)
         patch = config.patch or preset.patch
         if patch is None:
             raise InputError("no patch: give --patch D H W, or a preset that has one")
-        augmentation = config.augmentation if preset.mirror else dataclasses.replace(config.augmentation, mirror=False)
+        augmentation = config.augmentation or preset.augmentation_config(patch, config.recipe)
         sided = [name for name in self.store.classes if re.search(r"\b(left|right)\b", name, re.IGNORECASE)]
         if sided and (augmentation.flipping or augmentation.turning):
             print(f"dropgen-fast train: warning: flips and turns are on, and {sided[0]!r} is a side: "
@@ -138,7 +146,7 @@ class Trainer:
         loader_state = self._restore() if config.resume and self.folder.last.exists() else None
         self.data = TrainingPipeline(
             self.store, patch=patch, batch_size=config.batch_size, seed=config.seed, augmentation=augmentation,
-            foreground_fraction=config.foreground_fraction, num_threads=config.loader_threads,
+            chain=config.chain, foreground_fraction=config.foreground_fraction, num_threads=config.loader_threads,
             device=self.device.index or 0 if self.device.type == "cuda" else None, restore=loader_state)
 
     def fit(self) -> None:
@@ -293,9 +301,44 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(which, handler)
 
 
+@dataclass(frozen=True)
+class Basis:
+    """What decides the defaults of the other settings."""
+
+    store: Path | None = None
+    preset: str | None = None
+    recipe: Literal["dropgen", "nnunet", "off"] | None = None
+    patch: tuple[int, int, int] | None = None
+
+
+def _defaults(argv: Sequence[str]) -> TrainConfig:
+    """The settings that hold where the command line says nothing: those of the preset that it, or else the store, names.
+
+    Raises:
+        InputError: there is no such preset.
+    """
+    plainly = [word for word in argv if word not in ("-h", "--help")]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            basis, _ = tyro.cli(Basis, args=plainly, return_unknown_args=True)
+    except SystemExit:  # one of the four is wrong: the whole command line is told about it
+        basis = Basis()
+    name = basis.preset
+    if name is None and basis.store is not None and is_store(basis.store):
+        name = read_index(basis.store).preset
+    preset = load_preset(name)
+    return TrainConfig(store=tyro.MISSING, out=tyro.MISSING,
+                       augmentation=preset.augmentation_config(basis.patch or preset.patch, basis.recipe))
+
+
+def parse(argv: Sequence[str]) -> TrainConfig:
+    """The settings of a command line."""
+    return tyro.cli(TrainConfig, args=argv, prog="dropgen-fast train", default=_defaults(argv))
+
+
 def main(argv: Sequence[str]) -> int:
     """The command ``train``."""
-    config = tyro.cli(TrainConfig, args=argv, prog="dropgen-fast train")
+    config = parse(argv)
     try:
         Trainer(config).fit()
     except Stopped as stop:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from dropgen_fast import cli
 from dropgen_fast.config import load_preset, preset_names
+from dropgen_fast.data.augmentation import AugmentationConfig
 from dropgen_fast.errors import InputError
 
 # The table of the method: classes, spacing in mm, patch, window, whether mirroring is allowed.
@@ -29,7 +31,9 @@ def test_presets_are_the_papers(name: str) -> None:
     assert preset.classes is not None
     assert preset.classes[0] == "background"
     assert len(set(preset.classes)) == len(preset.classes)
-    assert (len(preset.classes), preset.spacing_mm, preset.patch, preset.intensity_window, preset.mirror) == TABLE[name]
+    augmentation = preset.augmentation_config()
+    assert (len(preset.classes), preset.spacing_mm, preset.patch, preset.intensity_window, augmentation.mirror) == TABLE[name]
+    assert dataclasses.replace(augmentation, mirror=True) == AugmentationConfig()
 
 
 def test_there_are_no_others() -> None:
@@ -43,7 +47,10 @@ def test_there_are_no_others() -> None:
     ("spacing_mm: [1, 0, 1]", "spacing_mm must be three positive numbers"),
     ("intensity_window: [5, 5]", "intensity_window must be two numbers, low < high"),
     ("classes: [background]", "classes must be at least two names"),
-    ("mirror: maybe", "mirror must be true or false"),
+    ("recipe: best", "recipe must be one of dropgen, nnunet, off, got 'best'"),
+    ("augmentation: {mirror: maybe}", "augmentation: mirror must be true or false"),
+    ("augmentation: {mirrors: false}", r"augmentation has unknown settings \['mirrors'\]"),
+    ("augmentation: [1]", "augmentation must be a mapping"),
     ("[1, 2]", "must be a mapping"),
     ("a: [", "not readable YAML"),
 ])
@@ -52,6 +59,15 @@ def test_wrong_presets(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         load_preset(str(path))
+
+
+def test_a_preset_says_what_is_on(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text("recipe: nnunet\npatch: [40, 192, 160]\naugmentation: {gamma: [0.8, 1.2], elastic_probability: 0.2}\n")
+    preset = load_preset(str(path))
+    found = preset.augmentation_config(preset.patch)
+    assert found == dataclasses.replace(AugmentationConfig.nnunet((40, 192, 160)), gamma=(0.8, 1.2), elastic_probability=0.2)
+    assert preset.augmentation_config(recipe="off").elastic_probability == 0.2
 
 
 def test_absent_presets() -> None:

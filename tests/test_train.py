@@ -21,13 +21,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-import tyro
 import yaml
 from nifti_factory import write_cohort
 from torch import nn
 
 from dropgen_fast import checkpoint, evaluate, inference, predict, prepare, train
 from dropgen_fast.cli import run
+from dropgen_fast.data.augmentation import AugmentationConfig
 from dropgen_fast.errors import InputError
 from dropgen_fast.model import FusionConfig, ModelConfig, build_model, check_extractor, network_options
 from dropgen_fast.run import RunFolder
@@ -43,7 +43,7 @@ def command(module: Any, arguments: Sequence[object]) -> int:
 
 def configuration(store: Path, out: Path, *arguments: object) -> train.TrainConfig:
     """What the command line would make of these arguments."""
-    return tyro.cli(train.TrainConfig, args=["--store", str(store), "--out", str(out), *RECIPE, *map(str, arguments)])
+    return train.parse(["--store", str(store), "--out", str(out), *RECIPE, *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -503,11 +503,19 @@ def test_learning_rate_warms_up_and_falls_to_zero(store: Path, tmp_path: Path) -
     assert rates[100] == pytest.approx(0.0)
 
 
-def test_preset_turns_mirroring_off(store: Path, tmp_path: Path) -> None:
-    config = configuration(store, tmp_path / "r", "--preset", "amos")
-    assert train.Trainer(config).config.augmentation.mirror is False
-    config = dataclasses.replace(config, out=tmp_path / "s", preset="brats")
-    assert train.Trainer(config).config.augmentation.mirror is True
+def test_augmentation_comes_from_command_line_then_preset_then_recipe(store: Path, tmp_path: Path) -> None:
+    def augmentation(*arguments: object) -> AugmentationConfig:
+        found = configuration(store, tmp_path / "r", *arguments).augmentation
+        assert found is not None
+        return found
+
+    assert augmentation("--preset", "brats") == augmentation() == AugmentationConfig()
+    assert augmentation("--preset", "amos") == AugmentationConfig(mirror=False)
+    assert augmentation("--preset", "amos", "--augmentation.mirror").mirror is True
+    nnunet = augmentation("--preset", "amos", "--recipe", "nnunet", "--patch", "16", "64", "64", "--augmentation.gamma", 0.9, 1.1)
+    assert nnunet == dataclasses.replace(AugmentationConfig.nnunet((16, 64, 64)), mirror=False, gamma=(0.9, 1.1))
+    config = dataclasses.replace(configuration(store, tmp_path / "s", "--preset", "amos"), augmentation=None)
+    assert train.Trainer(config).config.augmentation == AugmentationConfig(mirror=False)
 
 
 def test_network_options_are_yaml() -> None:

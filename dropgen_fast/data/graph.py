@@ -1,14 +1,14 @@
-"""The DALI graph behind `pipeline.TrainingPipeline`: read a region, augment, rescale. Imported when a pipeline is built.
+"""The DALI graph behind `pipeline.TrainingPipeline`: read a region, flip and turn it, draw. Imported when a pipeline is built.
 
-Shapes: volumes are (D, H, W, C) in DALI's layout "DHWC", whose x, y, z are our axes 2, 1, 0. The same graph serves DALI's CPU
-backend and the GPU: regions are always read on the CPU (DALI's GPU reader reads whole files), as are all draws, which are a few
-numbers; volumes move to the GPU right after they are read. `if` on a draw is DALI's conditional execution: only the samples
-of a batch that were chosen pay for an operation.
+Volumes are (C, D, H, W) in DALI's layout "CDHW", whose x, y, z are our axes 2, 1, 0, and keep the number type of the store.
+The same graph serves DALI's CPU backend and the GPU: regions are always read on the CPU (DALI's GPU reader reads whole files),
+as are all draws, which are a few numbers; bricks move to the GPU right after they are read. `if` on a draw is DALI's
+conditional execution: only the samples of a batch that were chosen pay for an operation. What follows the flips and turns is
+`augment.py`'s, which is fed with the numbers drawn here.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,58 +17,73 @@ import nvidia.dali.math as dmath
 from nvidia.dali import fn, pipeline_def, types
 
 from dropgen_fast.data.augmentation import AugmentationConfig
+from dropgen_fast.data.bricks import Layout
 
-BIAS_DEGREE = 3
-MAX_SHUFFLE_BUFFER = 1024
-"""Cases among which DALI's readers shuffle: below this number an epoch's order is uniform. They hold open maps, not copies."""
+MAX_SHUFFLE_BUFFER = 16000
+"""Cases among which DALI's readers shuffle: up to this number an epoch's order is uniform.
+
+They hold open maps, not copies. DALI allows itself half of Linux' usual 65530 maps; a buffer that the two readers' share does
+not hold would have them read whole files.
+"""
+NUMBERS = {"float32": types.FLOAT, "float16": types.FLOAT16, "int16": types.INT16}
 
 
 @pipeline_def(enable_conditionals=True, enable_checkpointing=True, prefetch_queue_depth=2)
-def training_graph(images: Sequence[str], labels: Sequence[str], foregrounds: Sequence[str], patch: tuple[int, int, int],
-                   augmentation: AugmentationConfig, foreground_fraction: float, reader_seed: int, rank: int, world_size: int,
-                   gpu: bool) -> tuple[Any, Any, Any]:
-    """Image (D, H, W, C) float32 in [0, 1], label (D, H, W, 1) uint8, and the path of foreground.npy, which names the case."""
-    # Readers with the same seed and shuffling stay in step, so the three files always belong to one case.
+def training_graph(volumes: Sequence[str], foregrounds: Sequence[str], layout: Layout, patch: tuple[int, int, int],
+                   augmentation: AugmentationConfig, uniforms: int, foreground_fraction: float, reader_seed: int, rank: int,
+                   world_size: int, gpu: bool) -> tuple[Any, ...]:
+    """What the pipeline puts out; `layout` is that of every volume but for their shapes.
+
+    Returns:
+        Image (C, D, H, W) in the store's number type; label (1, D, H, W) uint8; `uniforms` numbers, uniform in [0, 1), float32;
+        the path of foreground.npy, which names the case; where elastic deformation is on, one standard normal number for each
+        axis and control point, (3, g, g, g) float32.
+    """
+    # Readers with the same seed and shuffling stay in step, so the two files always belong to one case.
     reader: dict[str, Any] = {"random_shuffle": True, "seed": reader_seed, "shard_id": rank, "num_shards": world_size,
-                              "initial_fill": min(len(images), MAX_SHUFFLE_BUFFER)}
+                              "initial_fill": min(len(volumes), MAX_SHUFFLE_BUFFER)}
     rows = fn.readers.numpy(files=list(foregrounds), name="foreground", **reader)
     turns = _draw_turns(augmentation)
     size = _size_before_turning(turns, patch)
-    region: dict[str, Any] = {"roi_start": _draw_start(rows, size, foreground_fraction), "roi_shape": size,
-                              "roi_axes": [0, 1, 2], "out_of_bounds_policy": "pad", "fill_value": 0}
-    image = fn.readers.numpy(files=list(images), name="image", **region, **reader)
-    label = fn.readers.numpy(files=list(labels), name="label", **region, **reader)
-    if gpu:
-        image, label = image.gpu(), label.gpu()
-    image = fn.cast(fn.reshape(image, layout="DHWC"), dtype=types.FLOAT)
-    label = fn.reshape(label, layout="DHWC")
+    start = _draw_start(rows, size, foreground_fraction)
+    image, label = _read(volumes, layout, start, size, gpu, reader)
+    flips = _draw_flips(augmentation, turns)
+    outputs = [fn.reinterpret(_orient(image, flips, turns), dtype=NUMBERS[layout.dtype]), _orient(label, flips, turns),
+               fn.random.uniform(range=(0.0, 1.0), shape=[uniforms]), fn.get_property(rows, key="source_info")]
+    if augmentation.elastic_probability > 0:
+        outputs.append(fn.random.normal(shape=[3, *[augmentation.elastic_control_points] * 3]))
+    return tuple(outputs)
 
-    image, label = _orient(image, label, augmentation, turns)
-    if augmentation.noise_probability > 0 and _coin(augmentation.noise_probability):
-        image = fn.noise.gaussian(image, stddev=_uniform(augmentation.noise_std))
-    if augmentation.bias_field_probability > 0 and _coin(augmentation.bias_field_probability):
-        image = image * dmath.exp(_log_bias_field(patch, augmentation.bias_field_coefficient, gpu))
-    if augmentation.gamma_probability > 0 and _coin(augmentation.gamma_probability):
-        image = _gamma(image, _on(_uniform(augmentation.gamma), gpu))
-    if augmentation.affine_probability > 0 and _coin(augmentation.affine_probability):
-        matrix = _draw_affine(patch, augmentation)
-        image = fn.warp_affine(image, matrix=matrix, interp_type=types.INTERP_LINEAR, fill_value=0)
-        label = fn.warp_affine(label, matrix=matrix, interp_type=types.INTERP_NN, fill_value=0)
-    return _minmax(image), label, fn.get_property(rows, key="source_info")
+
+def _read(files: Sequence[str], layout: Layout, start: Any, size: Any, gpu: bool, reader: dict[str, Any]) -> tuple[Any, Any]:
+    """Image and label of the region of `size` voxels from `start` on, zeros where there is no volume.
+
+    The bricks that the region touches are read, image and label taken out of each, put together and cut. Up to the end the
+    image is made of integers as large as its numbers: voxels are only moved, and not every operator takes float16.
+    """
+    edge = types.Constant(np.array(layout.brick, np.int32))
+    first = dmath.floor(fn.cast(start, dtype=types.FLOAT) / edge)
+    count = fn.cast(dmath.ceil(fn.cast(start + size, dtype=types.FLOAT) / edge) - first, dtype=types.INT32)
+    first = fn.cast(first, dtype=types.INT32)
+    bricks = fn.readers.numpy(files=list(files), name="volume", roi_start=first, roi_shape=count, roi_axes=[0, 1, 2],
+                              out_of_bounds_policy="pad", fill_value=0, **reader)
+    if gpu:
+        bricks = bricks.gpu()
+
+    def part(begin: int, end: int, channels: int, dtype: types.DALIDataType) -> Any:
+        inner = types.Constant(np.array([channels, *layout.brick], np.int32))
+        numbers = fn.reinterpret(bricks[:, :, :, begin:end], dtype=dtype)
+        apart = fn.transpose(fn.reshape(numbers, shape=fn.cat(count, inner)), perm=[3, 0, 4, 1, 5, 2, 6], transpose_layout=False)
+        whole = fn.reshape(apart, shape=fn.cat(types.Constant(np.array([channels], np.int32)), count * edge), layout="CDHW")
+        return fn.slice(whole, start - first * edge, size, axes=[1, 2, 3])
+
+    image_dtype = types.INT32 if np.dtype(layout.dtype).itemsize == 4 else types.INT16
+    return (part(0, layout.image_bytes, layout.channels, image_dtype),
+            part(layout.image_bytes, layout.file_shape[-1], 1, types.UINT8))
 
 
 def _coin(probability: float) -> Any:
     return fn.random.coin_flip(probability=probability, dtype=types.BOOL)
-
-
-def _uniform(low_high: tuple[float, float], **shape: Any) -> Any:
-    """Uniform between two numbers, which may be equal."""
-    low, high = low_high
-    return fn.random.uniform(range=(0.0, 1.0), **shape) * (high - low) + low
-
-
-def _on(node: Any, gpu: bool) -> Any:
-    return node.gpu() if gpu else node
 
 
 def _draw_start(rows: Any, size: Any, foreground_fraction: float) -> Any:
@@ -86,7 +101,7 @@ def _draw_start(rows: Any, size: Any, foreground_fraction: float) -> Any:
     if foreground_fraction > 0:
         count = fn.cast(rows.shape(dtype=types.INT32)[0], dtype=types.FLOAT)
         chosen = _coin(foreground_fraction)
-        row = dmath.min(dmath.floor(_uniform((0.0, 1.0)) * (count - 1.0)) + 1.0, count - 1.0)
+        row = dmath.min(dmath.floor(fn.random.uniform(range=(0.0, 1.0)) * (count - 1.0)) + 1.0, count - 1.0)
         if chosen & (count > 1.0):
             voxel = fn.cast(rows[fn.cast(row, dtype=types.INT32)], dtype=types.FLOAT)
             start = voxel - dmath.min(dmath.floor(uniform * size), size - 1.0)
@@ -112,77 +127,39 @@ def _size_before_turning(turns: Any, patch: tuple[int, int, int]) -> Any:
     return size
 
 
-def _orient(image: Any, label: Any, augmentation: AugmentationConfig, turns: Any) -> tuple[Any, Any]:
-    """Flip axis 0, flip one random axis, rotate by `turns` quarter turns: one flip at most, and a transpose for odd turns.
+def _draw_flips(augmentation: AugmentationConfig, turns: Any) -> list[Any] | None:
+    """Whether each axis is flipped, 0 or 1 per sample; None where nothing is ever flipped or turned.
 
-    Flips of one axis cancel in pairs, and as in `numpy.rot90`: one turn is the transpose of a flip of axis 1, three turns that
-    of axis 0, two turns a flip of both.
+    In order: flip axis 0, flip one random axis, mirror each axis, turn. Flips of one axis cancel in pairs, and a turn is a
+    transpose and flips, as in `numpy.rot90`: one turn is the transpose of a flip of axis 1, three turns that of axis 0, two
+    turns a flip of both.
     """
     if not augmentation.flipping and not augmentation.turning:
-        return image, label
-    flips = [fn.random.coin_flip(probability=augmentation.flip_probability, dtype=types.INT32), 0, 0]
-    if augmentation.flip_random_axis_probability > 0:
+        return None
+    flips: list[Any] = [0, 0, 0]
+    if augmentation.mirror and augmentation.flip_probability > 0:
+        flips[0] = fn.random.coin_flip(probability=augmentation.flip_probability, dtype=types.INT32)
+    if augmentation.mirror and augmentation.flip_random_axis_probability > 0:
         axis = fn.random.choice(list(augmentation.flip_axes))
         once = fn.random.coin_flip(probability=augmentation.flip_random_axis_probability, dtype=types.INT32)
         flips = [flip ^ (once * fn.cast(axis == a, dtype=types.INT32)) for a, flip in enumerate(flips)]
+    if augmentation.mirror and augmentation.mirror_probability > 0:
+        for a in augmentation.mirror_axes:
+            flips[a] = flips[a] ^ fn.random.coin_flip(probability=augmentation.mirror_probability, dtype=types.INT32)
     if augmentation.turning:
         flips[0] = flips[0] ^ fn.cast(turns >= 2, dtype=types.INT32)
         flips[1] = flips[1] ^ fn.cast((turns == 1) | (turns == 2), dtype=types.INT32)
+    return flips
+
+
+def _orient(volume: Any, flips: list[Any] | None, turns: Any) -> Any:
+    """Flip and turn as drawn: one flip at most, and a transpose for odd turns."""
+    if flips is None:
+        return volume
     if (flips[0] + flips[1] + flips[2]) > 0:
-        image = fn.flip(image, depthwise=flips[0], vertical=flips[1], horizontal=flips[2])
-        label = fn.flip(label, depthwise=flips[0], vertical=flips[1], horizontal=flips[2])
-    if augmentation.turning:
+        volume = fn.flip(volume, depthwise=flips[0], vertical=flips[1], horizontal=flips[2])
+    if not isinstance(turns, int):
         odd = (turns == 1) | (turns == 3)
         if odd:
-            image = fn.transpose(image, perm=[1, 0, 2, 3], transpose_layout=False)
-            label = fn.transpose(label, perm=[1, 0, 2, 3], transpose_layout=False)
-    return image, label
-
-
-def _log_bias_field(patch: tuple[int, int, int], coefficient: tuple[float, float], gpu: bool) -> Any:
-    """Σ c_ijk P_i(u) P_j(v) P_k(w) over i + j + k ≤ 3, with Legendre polynomials P over [-1, 1] along each axis: (D, H, W, 1).
-
-    MONAI's `RandBiasField`; its coefficients are uniform. The terms are gathered by i: four planes (H, W), so that the volume
-    is passed four times and not twenty.
-    """
-    legendre = [[np.polynomial.legendre.Legendre.basis(k)(np.linspace(-1, 1, n)).astype(np.float32)
-                 for k in range(BIAS_DEGREE + 1)] for n in patch]
-    field = None
-    for i in range(BIAS_DEGREE + 1):
-        terms = np.stack([np.outer(legendre[1][j], legendre[2][k]) for j in range(BIAS_DEGREE + 1 - i)
-                          for k in range(BIAS_DEGREE + 1 - i - j)], axis=-1)
-        plane = fn.reductions.sum(types.Constant(terms) * _uniform(coefficient, shape=[terms.shape[-1]]), axes=[2])
-        plane = _on(fn.reshape(plane, shape=[1, patch[1], patch[2], 1]), gpu)
-        depth = types.Constant(legendre[0][i].reshape(-1, 1, 1, 1), device="gpu" if gpu else "cpu")
-        field = plane * depth if field is None else field + plane * depth
-    return field
-
-
-def _gamma(image: Any, gamma: Any) -> Any:
-    """MONAI's `AdjustContrast`: ((x - min) / (range + 1e-7)) ** gamma * range + min."""
-    low = fn.reductions.min(image)
-    extent = fn.reductions.max(image) - low
-    # Division may round a hair below zero or leave it as -0: a power of that with a fraction would be NaN.
-    return dmath.pow(dmath.max((image - low) / (extent + 1e-7), 0.0), gamma) * extent + low
-
-
-def _draw_affine(patch: tuple[int, int, int], augmentation: AugmentationConfig) -> Any:
-    """Matrix (3, 4) from output to input voxels about the patch's centre: rotation · shear · scale, as MONAI's `RandAffine`.
-
-    The shear is one matrix with six entries off the diagonal, as in the MONAI release that the paper's code pins (1.5); later
-    ones multiply six elementary shears. DALI's axes run the other way round, so axes are exchanged and angles change sign.
-    """
-    center = [size / 2 for size in reversed(patch)]
-    matrix = fn.transforms.scale(scale=_uniform(augmentation.scale, shape=[3]), center=center)
-    matrix = fn.transforms.shear(matrix, shear=_uniform(augmentation.shear, shape=[3, 2]), center=center)
-    for axis in ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]):
-        angle_deg = _uniform(augmentation.rotation_rad) * (-180.0 / math.pi)
-        matrix = fn.transforms.rotation(matrix, angle=angle_deg, axis=axis, center=center)
-    return matrix
-
-
-def _minmax(image: Any) -> Any:
-    """Rescale each sample to [0, 1] by its own minimum and maximum over all channels; constant → 0."""
-    low = fn.reductions.min(image)
-    extent = fn.reductions.max(image) - low
-    return (image - low) / (extent + fn.cast(extent == 0.0, dtype=types.FLOAT))
+            volume = fn.transpose(volume, perm=[0, 2, 1, 3], transpose_layout=False)
+    return volume

@@ -1,5 +1,6 @@
-"""Training batches: random crops of a prepared store, augmented by NVIDIA DALI on the CPU or on a GPU.
+"""Training batches: random crops of a prepared store, read by NVIDIA DALI and augmented, on the CPU or on a GPU.
 
+DALI reads, crops, flips, turns and draws (`graph.py`), ahead of the training; `augment.py` does the rest with what was drawn.
 Every random number is drawn inside DALI, so that `TrainingPipeline.state` covers the whole stream, prefetched batches included.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dropgen_fast.data.augment import Augmenter, ChainName, uniforms_per_sample
 from dropgen_fast.data.augmentation import AugmentationConfig
 from dropgen_fast.data.store import Store, StoredCase
 from dropgen_fast.errors import InputError
@@ -22,7 +24,7 @@ from dropgen_fast.errors import InputError
 
 @dataclass(frozen=True)
 class Batch:
-    """Crops of N cases: `image` (N, C, D, H, W) float32 in [0, 1], a channels-last view, and `label` (N, 1, D, H, W) uint8."""
+    """Crops of N cases, contiguous: `image` (N, C, D, H, W) float32 in [0, 1] and `label` (N, 1, D, H, W) uint8."""
 
     image: torch.Tensor
     label: torch.Tensor
@@ -33,7 +35,7 @@ class TrainingPipeline(Iterator[Batch]):
     """An endless iterator of training batches.
 
     Cases are reshuffled every epoch; a batch may span two epochs. With several ranks each reads its own share of the cases,
-    and the shares move on by one rank every epoch. Batches are DALI's own memory (nothing is copied), which DALI does not use
+    and the shares move on by one rank every epoch. A batch may be DALI's own memory (nothing is copied), which DALI does not use
     again while a tensor of the batch is alive.
 
     Args:
@@ -43,6 +45,7 @@ class TrainingPipeline(Iterator[Batch]):
         batch_size: crops per batch and rank.
         seed: decides the order of the cases and every draw; the same for all ranks.
         augmentation: what is done to a crop.
+        chain: what does the intensities: "fused", one op, or "dali", one DALI operator after the other; see `Augmenter`.
         foreground_fraction: probability that a crop is placed to hold a foreground voxel, of a class drawn uniformly from those
             that occur in the case.
         device: index of the GPU that augments and holds the batches; None: the CPU.
@@ -56,9 +59,9 @@ class TrainingPipeline(Iterator[Batch]):
     """
 
     def __init__(self, store: Store, *, patch: tuple[int, int, int], batch_size: int, seed: int, split: str = "train",
-                 augmentation: AugmentationConfig | None = None, foreground_fraction: float = 0.33, device: int | None = None,
-                 num_threads: int = 2, rank: int = 0, world_size: int = 1, case_ids: Sequence[str] | None = None,
-                 restore: bytes | None = None) -> None:
+                 augmentation: AugmentationConfig | None = None, chain: ChainName = "fused", foreground_fraction: float = 0.33,
+                 device: int | None = None, num_threads: int = 2, rank: int = 0, world_size: int = 1,
+                 case_ids: Sequence[str] | None = None, restore: bytes | None = None) -> None:
         augmentation = augmentation or AugmentationConfig()
         _check(patch, batch_size, foreground_fraction, num_threads, rank, world_size)
         cases = _select(store, split, case_ids, world_size)
@@ -68,12 +71,14 @@ class TrainingPipeline(Iterator[Batch]):
         self._identity = {
             "store": store.identity(), "cases": hashlib.sha256(json.dumps([c.id for c in cases]).encode()).hexdigest(),
             "patch": list(patch), "batch_size": batch_size, "seed": seed, "augmentation": dataclasses.asdict(augmentation),
-            "foreground_fraction": foreground_fraction, "device": "cpu" if device is None else "gpu", "rank": rank,
-            "world_size": world_size}
+            "chain": chain, "foreground_fraction": foreground_fraction, "device": "cpu" if device is None else "gpu",
+            "rank": rank, "world_size": world_size}
         self._identity = json.loads(json.dumps(self._identity))  # tuples become lists, as they do in a state
+        channels = len(store.channels)
+        self._augmenter = Augmenter(augmentation, patch, channels, batch_size, chain, device, num_threads)
         self._pipeline = _training_graph()(
-            images=[str(c.image) for c in cases], labels=[str(c.label) for c in cases],
-            foregrounds=[str(c.foreground) for c in cases], patch=tuple(patch), augmentation=augmentation,
+            volumes=[str(c.volume) for c in cases], foregrounds=[str(c.foreground) for c in cases], layout=cases[0].layout,
+            patch=tuple(patch), augmentation=augmentation, uniforms=uniforms_per_sample(channels),
             foreground_fraction=foreground_fraction, reader_seed=_seed("order", seed), rank=rank, world_size=world_size,
             gpu=device is not None, batch_size=batch_size, num_threads=num_threads, device_id=device,
             seed=_seed("draws", seed, rank), checkpoint=self._checkpoint(restore))
@@ -87,11 +92,12 @@ class TrainingPipeline(Iterator[Batch]):
         try:
             # On a GPU the batch is ordered on torch's stream: nobody waits, and memory goes back to DALI after torch's last use.
             stream = None if self._device is None else torch.cuda.current_stream(self._device)
-            image, label, origin = self._pipeline.run(stream)
+            image, label, uniforms, origin, *normals = self._pipeline.run(stream)
         except RuntimeError as error:
             raise _readable(error) from error
         cases = tuple(self._case_of[bytes(origin.at(i)).decode()] for i in range(len(origin)))
-        return Batch(_channels_first(image), _channels_first(label), cases)
+        augmented = self._augmenter(_tensor(image), _tensor(label), _tensor(uniforms), _tensor(normals[0]) if normals else None)
+        return Batch(*augmented, cases)
 
     def state(self) -> bytes:
         """Everything that the constructor's `restore` needs to go on with the batch after the last one returned, bit for bit."""
@@ -113,9 +119,10 @@ class TrainingPipeline(Iterator[Batch]):
         return checkpoint
 
 
-def _channels_first(batch: Any) -> torch.Tensor:
-    """DALI's (N, D, H, W, C) as a torch view (N, C, D, H, W) of the same memory."""
-    return torch.from_dlpack(batch.as_tensor()).permute(0, 4, 1, 2, 3)
+def _tensor(batch: Any) -> torch.Tensor:
+    """DALI's batch as a torch view of the same memory."""
+    tensor: torch.Tensor = torch.from_dlpack(batch.as_tensor())
+    return tensor
 
 
 def _training_graph() -> Any:
@@ -154,7 +161,7 @@ def _select(store: Store, split: str, case_ids: Sequence[str] | None, world_size
         if unknown := [i for i in case_ids if i not in cases]:
             raise InputError(f"{store.path} has no {split} case {unknown[0]!r}")
         cases = {case_id: cases[case_id] for case_id in sorted(set(case_ids))}
-    if unlabelled := [case.id for case in cases.values() if case.label is None]:
+    if unlabelled := [case.id for case in cases.values() if case.label_source is None]:
         raise InputError(f"{split} case {unlabelled[0]!r} of {store.path} has no label")
     if len(cases) < world_size:
         raise InputError(f"{len(cases)} {split} cases cannot be shared by {world_size} ranks: use at most {len(cases)}")

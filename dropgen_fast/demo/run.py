@@ -37,7 +37,9 @@ PATCH = 48
 QUICK_COHORT = {"training": 4, "validation": 1, "test": 2}
 VALIDATIONS = 8
 LOGGED_LOSSES = 50
-AUGMENTATION = ("--augmentation.affine-probability", "0.1", "--augmentation.gamma", "0.7", "1.5")
+AUGMENTATION = ("--augmentation.low-resolution-probability", "0.1", "--augmentation.low-resolution-zoom", "0.5", "1",
+                "--augmentation.gibbs-probability", "0.1", "--augmentation.gamma", "0.7", "1.5",
+                "--augmentation.sharpen-probability", "0.1", "--augmentation.affine-probability", "0.1")
 """Milder than the paper's, for both methods alike: a thousand steps at 3 mm are too few to learn its source under more."""
 
 
