@@ -16,7 +16,7 @@ ABSENT = {
 }
 # Numbered as enum Type of native.h.
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int16: 3, torch.uint8: 4}
-# Numbered as enum Status of native_work.h and native_cuda.h; from CUDA_ERROR on they are CUDA's own.
+# Numbered as the enums Status of the native sources; from CUDA_ERROR on they are CUDA's own.
 STATUS = {1: "out of memory", 2: "an element type that the kernel does not know",
           3: "the native library was built from other sources; install again", 4: "the workspace is too small",
           5: "more voxels, channels or samples than the kernel counts"}
