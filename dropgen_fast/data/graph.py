@@ -19,11 +19,11 @@ from nvidia.dali import fn, pipeline_def, types
 from dropgen_fast.data.augmentation import AugmentationConfig
 from dropgen_fast.data.bricks import Layout
 
-MAX_SHUFFLE_BUFFER = 16000
+MAX_SHUFFLE_BUFFER = 8000
 """Cases among which DALI's readers shuffle: up to this number an epoch's order is uniform.
 
-They hold open maps, not copies. DALI allows itself half of Linux' usual 65530 maps; a buffer that the two readers' share does
-not hold would have them read whole files.
+They hold open maps, not copies. DALI allows itself half of Linux' usual 65530 maps in a process, and readers whose buffers find
+no more read whole files: this is room for two pipelines of two readers each.
 """
 NUMBERS = {"float32": types.FLOAT, "float16": types.FLOAT16, "int16": types.INT16}
 
