@@ -73,6 +73,8 @@ def load_preset(name: str | None) -> Preset:
     known = {f.name for f in fields(Preset)}
     if unknown := sorted(set(map(str, values)) - known):
         raise InputError(f"preset {name} has unknown settings {unknown}; a preset has {sorted(known)}")
+    if values.get("recipe") is False:
+        values["recipe"] = "off"  # which YAML takes for false
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     preset = Preset(**settings)
     _check_preset(name, preset)

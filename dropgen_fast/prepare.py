@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +19,7 @@ from dropgen_fast.config import Preset, load_preset, preset_names
 from dropgen_fast.data.bricks import BRICK
 from dropgen_fast.data.cohort import Cohort, read_cohort, split_off_validation
 from dropgen_fast.data.prepare import Report, Settings, cohort_spacing_mm, prepare_cohort
-from dropgen_fast.data.store import others, read_index
+from dropgen_fast.data.store import is_store, others, read_index
 from dropgen_fast.errors import InputError
 
 
@@ -60,13 +63,30 @@ class PrepareConfig:
 def main(argv: Sequence[str]) -> int:
     """Prepare a cohort; 0 if every case is in the store, 1 if some were left out (each listed with the reason)."""
     config = tyro.cli(PrepareConfig, args=list(argv), prog="dropgen-fast prepare", description=__doc__)
-    report = prepare(config)
+    with ended_by_sigterm():
+        report = prepare(config)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     for entry in report.left_out:
         print(f"left out: case {entry.id}: {entry.reason}", file=sys.stderr)
     print(_summary(config, report))
     return 1 if report.left_out else 0
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """A SIGTERM ends the block as Ctrl-C does: what was begun is cleaned up, workers end, and the exit status is 143."""
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def prepare(config: PrepareConfig) -> Report:
@@ -82,14 +102,29 @@ def prepare(config: PrepareConfig) -> Report:
     if config.val_fraction is not None:
         cohort = split_off_validation(cohort, config.val_fraction, config.seed)
     classes, warnings = _classes(config, preset, cohort)
-    settings = Settings(config.spacing_mm or preset.spacing_mm or cohort_spacing_mm(cohort),
-                        config.intensity_window or preset.intensity_window, config.dtype, config.brick)
+    spacing_mm = config.spacing_mm or preset.spacing_mm
+    if spacing_mm is None:
+        spacing_mm = cohort_spacing_mm(cohort)
+        warnings += _moved_median(config.store, spacing_mm)
+    settings = Settings(spacing_mm, config.intensity_window or preset.intensity_window, config.dtype, config.brick)
     # A preset of the user's own is found again from any folder.
     named = config.preset if config.preset is None or config.preset in preset_names() else str(Path(config.preset).resolve())
     report = prepare_cohort(cohort, config.store, settings, classes=classes, preset=named, workers=config.workers,
                             scheduler=config.scheduler, strict=config.strict, prune=config.prune)
     report.warnings[:0] = warnings
     return report
+
+
+def _moved_median(store: Path, spacing_mm: tuple[float, float, float]) -> list[str]:
+    """A warning where cases that were added or taken away have moved the cohort's spacing from that of the store."""
+    if not is_store(store):
+        return []
+    before = read_index(store).spacing_mm
+    if before == spacing_mm:
+        return []
+    was, now = (" ".join(f"{s:g}" for s in spacing) for spacing in (before, spacing_mm))
+    return [f"the cohort's median spacing is {now} mm, that of the store was {was} mm: every case is prepared anew; "
+            f"--spacing-mm {was} keeps the store's"]
 
 
 def _classes(config: PrepareConfig, preset: Preset, cohort: Cohort) -> tuple[tuple[str, ...] | None, list[str]]:

@@ -123,7 +123,7 @@ class Trainer:
         if patch is None:
             raise InputError("no patch: give --patch D H W, or a preset that has one")
         augmentation = config.augmentation or preset.augmentation_config(patch, config.recipe)
-        sided = [name for name in self.store.classes if re.search(r"\b(left|right)\b", name, re.IGNORECASE)]
+        sided = [name for name in self.store.classes if re.search(r"(?<![a-z])(left|right)(?![a-z])", name, re.IGNORECASE)]
         if sided and (augmentation.flipping or augmentation.turning):
             print(f"dropgen-fast train: warning: flips and turns are on, and {sided[0]!r} is a side: "
                   "--augmentation.no-mirror keeps left and right apart", file=sys.stderr)

@@ -70,6 +70,13 @@ def test_a_preset_says_what_is_on(tmp_path: Path) -> None:
     assert preset.augmentation_config(recipe="off").elastic_probability == 0.2
 
 
+def test_a_preset_can_switch_all_augmentation_off(tmp_path: Path) -> None:
+    """YAML reads off as false."""
+    for text in ("recipe: off", 'recipe: "off"'):
+        (tmp_path / "p.yaml").write_text(text)
+        assert load_preset(str(tmp_path / "p.yaml")).augmentation_config() == AugmentationConfig.none()
+
+
 def test_absent_presets() -> None:
     with pytest.raises(InputError, match="no preset 'liver'; there are amos, brats"):
         load_preset("liver")

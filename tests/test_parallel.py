@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -132,15 +133,59 @@ def test_a_scheduler_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
         list(on_cluster(which_process, [1, 2], gone.scheduler_address, lost=never, warn=pytest.fail))
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense://1", "no-such-host.invalid:8786"])
-def test_no_scheduler_is_one_line(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch,
+NO_ADDRESS = "scheduler must be an address like tcp://host:8786"
+NO_ANSWER = "no Dask scheduler answers at"
+
+
+@pytest.mark.parametrize(("address", "message"), [
+    ("tcp://127.0.0.1:1", NO_ANSWER), ("tls://127.0.0.1:1", NO_ANSWER), ("tcp://[::1]:1", NO_ANSWER), ("", NO_ADDRESS),
+    ("nonsense", NO_ADDRESS), ("no-such-host.invalid:8786", NO_ADDRESS), ("inproc://x", NO_ADDRESS), ("tcp://host", NO_ADDRESS)])
+def test_no_scheduler_is_one_line(tmp_path: Path, address: str, message: str, monkeypatch: pytest.MonkeyPatch,
                                   capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(parallel, "CONNECT_S", 0.5)
     source = write_cohort(tmp_path / "cohort", {"train": 1})
     assert run("prepare", main, ["--source", str(source), "--store", str(tmp_path / "store"), "--scheduler", address]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if "prepare: " in line and "error" in line]
     assert len(error) == 1
-    assert f"no Dask scheduler answers at {address}" in error[0]
+    assert message in error[0]
+    assert address in error[0]
+
+
+SLOW = """
+import os, sys, time
+from dropgen_fast.data.parallel import in_processes
+
+def sleep(folder):
+    open(os.path.join(folder, str(os.getpid())), "w").close()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    list(in_processes(sleep, [sys.argv[1]] * 2, 2))
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "workers").mkdir()
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "slow.py"), str(tmp_path / "workers")])
+    begun = time.monotonic()
+    while len(workers := os.listdir(tmp_path / "workers")) < 2:
+        assert time.monotonic() - begun < 60
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    while any(is_running(int(worker)) for worker in workers):
+        assert time.monotonic() - begun < 60, "workers outlived their parent"
+        time.sleep(0.05)
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # one that nobody waits for
 
 
 def test_without_distributed_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -387,3 +388,112 @@ def test_a_disk_that_reads_far_ahead_is_named(tmp_path: Path, monkeypatch: pytes
 def test_read_ahead_is_the_kernels(tmp_path: Path) -> None:
     ahead = read_ahead_kib(tmp_path)
     assert ahead is None or ahead >= 0
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Store:
+    """A store of one case for each split."""
+    source = write_cohort(tmp_path / "cohort", {"train": 1, "val": 1})
+    assert main(["--source", str(source), "--store", str(tmp_path / "store"), "--workers", "1"]) == 0
+    return Store.open(tmp_path / "store")
+
+
+def again(opened: Store) -> int:
+    """Prepare the same cohort into the same store once more."""
+    return run("prepare", main, ["--source", str(opened.path.parent / "cohort"), "--store", str(opened.path), "--workers", "1"])
+
+
+@pytest.mark.parametrize("byte", range(0, 118, 7))
+def test_a_damaged_header_is_named_and_mended(small: Store, byte: int) -> None:
+    """Whatever NumPy's parser makes of it."""
+    volume = small.cases("train")[0].volume
+    content = bytearray(volume.read_bytes())
+    content[byte] ^= 1
+    volume.write_bytes(content)
+    with pytest.raises(InputError, match=r"volume\.npy"):
+        Store.open(small.path)
+    assert again(small) == 0
+    Store.open(small.path)
+
+
+@pytest.mark.parametrize("change", [{"brick": [0, 32, 8]}, {"prepared_shape": None}, {"id": "other"}])
+def test_a_damaged_case_is_named(small: Store, change: dict[str, Any]) -> None:
+    path = small.cases("train")[0].folder / "case.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match=r"case\.json"):
+        Store.open(small.path)
+
+
+@pytest.mark.parametrize("change", [{"channels": None}, {"classes": None}, {"brick": 32}])
+def test_a_damaged_index_is_named(small: Store, change: dict[str, Any]) -> None:
+    path = small.path / "store.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match=r"store\.json is damaged"):
+        Store.open(small.path)
+
+
+def test_the_index_must_mean_the_case(small: Store) -> None:
+    path = small.path / "store.json"
+    index = json.loads(path.read_text())
+    index["cases"]["train"]["train_0"]["folder"] = index["cases"]["val"]["val_0"]["folder"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(InputError, match="the index has it as train_0, it is of val_0"):
+        Store.open(small.path)
+
+
+def test_what_cannot_be_read_now_is_not_deleted(small: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file server that stutters says nothing about the file."""
+    case = small.cases("train")[0]
+
+    def stale(path: Path, *_: object) -> str:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr(store, "npy_problem", stale)
+    with pytest.raises(InputError, match="cannot be read: Stale file handle"):
+        Store.open(small.path)
+    assert again(small) == 2  # no training case could be looked at
+    monkeypatch.undo()
+    assert Store.open(small.path).cases("train")[0].folder == case.folder
+
+
+def test_preparing_again_sets_lost_times_back(small: Store) -> None:
+    case = small.cases("train")[0]
+    written = case.volume.stat().st_mtime_ns
+    os.utime(case.volume)
+    assert case.volume.stat().st_mtime_ns != written
+    assert again(small) == 0
+    assert case.volume.stat().st_mtime_ns == written
+
+
+def test_prune_leaves_what_is_no_case(small: Store) -> None:
+    old = small.cases("train")[0].folder
+    (small.path / "cases" / "notes.txt").write_text("mine")
+    (small.path / ".store.json.x1").write_text("of a kill")
+    source = small.path.parent / "cohort"
+    assert main(["--source", str(source), "--store", str(small.path), "--workers", "1", "--dtype", "int16", "--prune"]) == 0
+    assert not old.exists()
+    assert (small.path / "cases" / "notes.txt").exists()
+    assert not list(small.path.glob(".store.json.*"))
+
+
+def test_a_median_that_moved_is_told(small: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    index = json.loads((small.path / "store.json").read_text())
+    (small.path / "store.json").write_text(json.dumps({**index, "spacing_mm": [2, 1, 1]}))
+    assert again(small) == 0
+    assert "median spacing is 1 1 1 mm, that of the store was 2 1 1 mm" in capsys.readouterr().err
+
+
+def test_a_sigterm_ends_prepare_and_its_workers(tmp_path: Path) -> None:
+    source = write_cohort(tmp_path / "cohort", {"train": 30}, shape=(64, 64, 64))
+    command = [sys.executable, "-m", "dropgen_fast.prepare", "--source", str(source), "--store", str(tmp_path / "store"),
+               "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    begun = time.monotonic()
+    while not (tmp_path / "store/cases").exists() or not os.listdir(tmp_path / "store/cases"):
+        assert time.monotonic() - begun < 60
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert not list((tmp_path / "store/cases").glob(".*"))
+    assert not (tmp_path / "store/store.json").exists()

@@ -111,8 +111,8 @@ def _draw(uniform: _Uniforms, normals: Tensor | None, config: AugmentationConfig
     gibbs_alpha = uniform.maybe(config.gibbs_probability, config.gibbs_alpha, 1, 0.0)[:, 0]
     smooth_sigma = uniform.maybe(config.smooth_probability, config.smooth_sigma_voxels, 3, 0.0)
     sharpen_sigma1 = uniform.between(config.sharpen_sigma1_voxels, 3).float()
-    low, high = config.sharpen_sigma2_voxels
-    sharpen_sigma2 = low + uniform.take(3).float() * (sharpen_sigma1.clamp(max=high) - low)
+    low, high = (sharpen_sigma1.clamp(max=sigma) for sigma in config.sharpen_sigma2_voxels)
+    sharpen_sigma2 = low + uniform.take(3).float() * (high - low)
     sharpen_alpha = uniform.maybe(config.sharpen_probability, config.sharpen_alpha, 1, 0.0)[:, 0]
     matrix = _draw_matrix(uniform, config, patch)
     deformed = uniform.chosen(config.elastic_probability)
@@ -245,7 +245,7 @@ class Augmenter:
         if bool(ringing.any()):
             before, intensity = self._cut_in_two(intensity, ringing)
             image = gibbs_ringing(self._chain(image, before), drawn.gibbs_alpha, like_monai=like_monai)
-        moved = (drawn.matrix != torch.eye(3, 4)).flatten(1).any(1)
+        moved = (drawn.matrix != torch.eye(3, 4, dtype=torch.float32, device="cpu")).flatten(1).any(1)
         if drawn.displacement is not None:
             moved |= drawn.displacement.flatten(1).any(1)
         later = moved | is_smoothed(drawn.smooth_sigma) | (drawn.sharpen_alpha > 0)
@@ -254,8 +254,7 @@ class Augmenter:
             image = gaussian_smooth(image, drawn.smooth_sigma)
             image = gaussian_sharpen(image, drawn.sharpen_sigma1, drawn.sharpen_sigma2, drawn.sharpen_alpha)
             if bool(moved.any()):
-                field = drawn.displacement
-                image, warped = warp(image, label, drawn.matrix, None if field is None else field.to(image.device))
+                image, warped = warp(image, label, drawn.matrix, drawn.displacement)
                 assert warped is not None, "there is a label"
                 label = warped
             neutral = IntensityParameters.neutral(len(image), self._channels)

@@ -118,8 +118,8 @@ class AugmentationConfig:
                 raise InputError(f"{field.name} must be some of 0, 1, 2, got {value}")
         if not (_are_whole(self.rotate90_turns) and self.rotate90_turns and set(self.rotate90_turns) <= {1, 2, 3}):
             raise InputError(f"rotate90_turns must be some of 1, 2, 3, got {self.rotate90_turns}")
-        if not (isinstance(self.elastic_control_points, int) and self.elastic_control_points >= 4):
-            raise InputError(f"elastic_control_points must be a whole number of at least 4, got {self.elastic_control_points}")
+        if not (_are_whole((self.elastic_control_points,)) and 4 <= self.elastic_control_points <= 64):
+            raise InputError(f"elastic_control_points must be a whole number from 4 to 64, got {self.elastic_control_points}")
 
     @staticmethod
     def _check_range(name: str, low_high: Any) -> None:
@@ -146,7 +146,7 @@ class AugmentationConfig:
     def none(cls) -> AugmentationConfig:
         """No augmentation at all: crop and min-max only."""
         off = {f.name: 0.0 for f in dataclasses.fields(cls) if f.name.endswith("_probability")}
-        return cls(mirror=False, **off)  # type: ignore[arg-type]
+        return cls(**off)  # type: ignore[arg-type]
 
     @classmethod
     def nnunet(cls, patch: Sequence[int] | None = None) -> AugmentationConfig:
@@ -159,7 +159,7 @@ class AugmentationConfig:
         angle = math.pi if flat else math.pi / 6
         axes = (min(range(3), key=lambda a: patch[a]),) if flat and patch is not None else (0, 1, 2)
         return dataclasses.replace(
-            cls.none(), mirror=True, mirror_probability=0.5, affine_probability=0.36, rotation_rad=(-angle, angle),
+            cls.none(), mirror_probability=0.5, affine_probability=0.36, rotation_rad=(-angle, angle),
             rotation_axes=axes, shear=(0.0, 0.0), scale=(0.7, 1.4), isotropic_scale=True, noise_probability=0.1,
             smooth_probability=0.2, smooth_sigma_voxels=(0.5, 1.0), brightness_probability=0.15, contrast_probability=0.15,
             low_resolution_probability=0.25, low_resolution_zoom=(0.5, 1.0), gamma_probability=0.3, gamma=(0.7, 1.5))
@@ -192,7 +192,7 @@ RECIPES = ("dropgen", "nnunet", "off")
 _LIMITS = {
     "low_resolution_zoom": (0.0, 1.0, False), "noise_std": (0.0, math.inf, True), "rician_std": (0.0, math.inf, True),
     "bias_field_coefficient": (-4.0, 4.0, True),
-    "gibbs_alpha": (0.0, 1.0, True), "gamma": (0.0, math.inf, False), "brightness": (0.0, math.inf, False),
+    "gibbs_alpha": (0.0, 1.0, True), "gamma": (0.01, 100.0, True), "brightness": (0.0, math.inf, False),
     "contrast": (0.0, math.inf, True), "smooth_sigma_voxels": (0.0, math.inf, True),
     "sharpen_sigma1_voxels": (0.0, math.inf, True), "sharpen_sigma2_voxels": (0.0, math.inf, True),
     "sharpen_alpha": (0.0, math.inf, True), "scale": (0.0, math.inf, False), "elastic_std_voxels": (0.0, math.inf, True),

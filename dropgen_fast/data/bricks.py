@@ -137,8 +137,8 @@ def read_volume(path: Path, layout: Layout) -> tuple[npt.NDArray[np.float32], np
     Raises:
         InputError: the file is missing, damaged, or not of this layout.
     """
-    problem = npy_problem(path, layout.file_shape, "uint8")
     try:
+        problem = npy_problem(path, layout.file_shape, "uint8")
         image, label = layout.unpack(np.load(path)) if not problem else (np.empty(0), None)
     except (OSError, ValueError, EOFError) as error:
         problem = f"cannot be read ({error})"
@@ -193,7 +193,7 @@ def checksum(path: Path) -> int:
 
 
 def npy_problem(path: Path, shape: Sequence[int], dtype: str) -> str:
-    """What is wrong with a .npy file of ours ("" if nothing), judged from its header and its size."""
+    """What is wrong with a .npy file of ours ("" if nothing), judged from its header and its size; raises `OSError`."""
     wanted = _header(shape, np.dtype(dtype))
     try:
         with path.open("rb") as file:
@@ -203,19 +203,22 @@ def npy_problem(path: Path, shape: Sequence[int], dtype: str) -> str:
             size = len(wanted) + math.prod(shape) * np.dtype(dtype).itemsize
             if (actual := file.seek(0, os.SEEK_END)) != size:
                 return f"has {actual} bytes, expected {size}"
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return "is missing"
-    except (OSError, ValueError) as error:
-        return f"is damaged ({' '.join(str(error).split())})"
+    except IsADirectoryError:
+        return "is a folder"
     return ""
 
 
 def _header_problem(start: bytes, shape: Sequence[int], dtype: str) -> str:
-    """What a header that is not the expected one says; raises `ValueError` where it is no header."""
+    """What a header that is not the expected one says."""
     content = io.BytesIO(start)
-    with PARSING:
-        if np.lib.format.read_magic(content) != (1, 0):
-            return "is not in .npy format 1.0"
-        found, fortran, found_dtype = np.lib.format.read_array_header_1_0(content)
+    try:
+        with PARSING:
+            if np.lib.format.read_magic(content) != (1, 0):
+                return "is not in .npy format 1.0"
+            found, fortran, found_dtype = np.lib.format.read_array_header_1_0(content)
+    except Exception as error:  # NumPy parses it as Python: there is no end to what damaged bytes can raise
+        return f"is damaged ({' '.join(str(error).split())})"
     return (f"holds {found_dtype} {found} in {'Fortran' if fortran else 'C'} order from byte {content.tell()}, "
             f"expected {dtype} {tuple(shape)} in C order")

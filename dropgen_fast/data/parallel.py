@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.connection
+import os
 import queue
+import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
@@ -23,6 +27,7 @@ from dropgen_fast.errors import InputError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+ADDRESS = re.compile(r"(tcp|tls)://(\[[0-9a-fA-F:.]+\]|[\w.-]+):\d+")
 CONNECT_S = 10.0
 """How long a scheduler has to answer."""
 NO_WORKER_S = 60.0
@@ -45,7 +50,7 @@ def in_processes(work: Callable[[Item], Result], items: Sequence[Item], workers:
     """
     # Spawned, not forked: a forked child of a process that has touched CUDA cannot use it.
     pool = ProcessPoolExecutor(min(workers, len(items)), mp_context=multiprocessing.get_context("spawn"),
-                               initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is the parent's
+                               initializer=_begin_worker)
     try:
         for future in as_completed([pool.submit(work, item) for item in items]):
             yield future.result()
@@ -54,6 +59,19 @@ def in_processes(work: Callable[[Item], Result], items: Sequence[Item], workers:
                          "what was prepared is kept (a script of yours needs `if __name__ == \"__main__\":`)") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """In a worker process: Ctrl-C is the parent's, and when the parent is gone, killed even, so is the worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 @dataclass(frozen=True)
@@ -92,15 +110,18 @@ def on_cluster(work: Callable[[Item], Result], items: Sequence[Item], scheduler:
     cannot be stopped: they finish it.
 
     Raises:
-        InputError: distributed is not installed; the scheduler does not answer, goes away, or has no worker for a minute.
+        InputError: distributed is not installed; the address is none; the scheduler does not answer, goes away, or has no
+            worker for a minute.
     """
+    if not ADDRESS.fullmatch(scheduler):
+        raise InputError(f"scheduler must be an address like tcp://host:8786, got {scheduler!r}")
     try:
         import distributed
     except ModuleNotFoundError as error:
         raise InputError("a Dask scheduler needs the package distributed: pip install 'dropgen_fast[cluster]'") from error
     try:
         client = distributed.Client(scheduler, timeout=CONNECT_S, set_as_default=False)
-    except (OSError, ValueError, distributed.TimeoutError) as error:
+    except Exception as error:  # whatever Dask makes of an address where there is nothing, or nothing of its kind
         raise InputError(f"no Dask scheduler answers at {scheduler} within {CONNECT_S:g} s: check the address, such as "
                          "tcp://host:8786, and that it runs") from error
     try:

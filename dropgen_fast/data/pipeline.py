@@ -85,6 +85,8 @@ class TrainingPipeline(Iterator[Batch]):
         try:
             self._pipeline.build()
         except RuntimeError as error:
+            if restore is not None and "checkpoint" in str(error).lower():
+                raise InputError("the state to restore is damaged: DALI cannot read its part of it") from error
             raise _readable(error) from error
 
     def __next__(self) -> Batch:
@@ -110,8 +112,8 @@ class TrainingPipeline(Iterator[Batch]):
         try:
             saved = json.loads(header)
         except ValueError:
-            newline = b""
-        if not newline:
+            saved = None
+        if not newline or not isinstance(saved, dict):
             raise InputError("the state to restore is not one of a TrainingPipeline")
         for name, value in self._identity.items():
             if saved.get(name) != value:

@@ -34,10 +34,12 @@ from dropgen_fast.data.store import (
     DiskError,
     Entry,
     StoreIndex,
+    UnreadableError,
     flush_folder,
     locked,
     open_case,
     others,
+    renew_times,
     write_index,
     write_json,
     writing,
@@ -248,9 +250,12 @@ def _is_whole(store: Path, case: Case, entry: Entry, settings: Settings) -> bool
         return False
     try:
         open_case(store, case.split, case.id, entry, dtype=settings.dtype, brick=settings.brick)
+    except UnreadableError:
+        raise  # for now, perhaps: nothing says that it is damaged
     except InputError:
         shutil.rmtree(store / entry.folder)  # damaged since it was written: make it anew
         return False
+    renew_times(store / entry.folder)
     return True
 
 
@@ -417,7 +422,7 @@ def _prepare_all(cases: Sequence[Case], store: Path, settings: Settings, class_c
                  scheduler: str | None, run: str, warn: Callable[[str], None]) -> Generator[Prepared | LeftOut, None, None]:
     """Every case, wherever there is room for it; `run` is what `locked` gave."""
     work = functools.partial(_try_case, store=store, settings=settings, class_count=class_count)
-    if scheduler:
+    if scheduler is not None:
         shared = OnSharedFolder(work, store / LOCK, run, __version__)
         results = on_cluster(shared, cases, scheduler, lost=lambda case, reason: LeftOut(case.id, reason), warn=warn)
     else:

@@ -23,6 +23,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -42,6 +43,7 @@ from dropgen_fast.files import read_ahead_kib, write_atomically
 FORMAT_VERSION = 2
 KIND = "dropgen_fast store"
 INDEX = "store.json"
+CASE_FOLDER = re.compile(r".+-[0-9a-f]{12}")
 READ_AHEAD_KIB = 128
 """What Linux reads ahead where nobody changed it, and what bricks are made for."""
 LOCK = ".dropgen_fast_store"
@@ -49,6 +51,10 @@ LOCK = ".dropgen_fast_store"
 
 class DiskError(InputError):
     """The store's disk refuses to be written: it is full, say, or read-only."""
+
+
+class UnreadableError(InputError):
+    """A file of the store cannot be read now: for want of a permission, say, or of a file server. It may be sound."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +221,8 @@ def read_index(path: Path) -> StoreIndex:
         values = {f.name: content[f.name] for f in dataclasses.fields(StoreIndex)}
         cases = {split: {case_id: Entry(entry["folder"], tuple(entry["images"]), entry["label"])
                          for case_id, entry in sorted(values["cases"][split].items())} for split in SPLITS}
+        if not all(isinstance(values[name], list) and values[name] for name in ("classes", "channels", "spacing_mm", "brick")):
+            raise TypeError("a list is missing")
     except (KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path / INDEX} is damaged ({error!r}): prepare the store again") from error
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
@@ -240,28 +248,42 @@ def open_case(store: Path, split: str, case_id: str, entry: Entry, *, dtype: str
             (case.foreground, (1 + int(info["foreground_rows"]), 3), "int32")]
         if (case.layout.dtype, case.layout.brick) != (dtype, tuple(brick)) or folder.name != f"{info['id']}-{info['hash'][:12]}":
             raise ValueError(f"it is of {info['id']}, {info['hash'][:12]}, {info['dtype']}, bricks of {info['brick']}")
+        if info["id"] != case_id:
+            raise ValueError(f"the index has it as {case_id}, it is of {info['id']}")
         records = {path: FileRecord(**info["files"][path.name]) for path, _, _ in expected}
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"case {case_id}: {error.filename} is missing: prepare the store again") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise UnreadableError(f"case {case_id}: {error.filename} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(f"case {case_id}: {folder / 'case.json'} is damaged ({error!r}): delete {folder} and prepare the "
                          "store again") from error
     for path, shape, wanted in expected:
-        if problem := npy_problem(path, shape, wanted) or _change(path, records[path]):
+        try:
+            problem = npy_problem(path, shape, wanted) or _change(path, records[path])
+        except OSError as error:
+            raise UnreadableError(f"case {case_id}: {path} cannot be read: {error.strerror}") from error
+        if problem:
             raise InputError(f"case {case_id}: {path} {problem}: delete {folder} and prepare the store again")
     return case
 
 
+def renew_times(folder: Path) -> None:
+    """Set the times of a sound case's files back to the recorded ones, where a copy lost them: opening it is cheap again."""
+    for name, record in json.loads((folder / "case.json").read_text())["files"].items():
+        status = (folder / name).stat()
+        if status.st_mtime_ns != record["mtime_ns"]:
+            with contextlib.suppress(OSError):  # of a store that somebody else owns
+                os.utime(folder / name, ns=(status.st_atime_ns, record["mtime_ns"]))
+
+
 def _change(path: Path, record: FileRecord) -> str:
     """How a file differs from what was written ("" if not); its bytes are read only where its time is another."""
-    try:
-        status = path.stat()
-        if status.st_size != record.bytes:
-            return f"has {status.st_size} bytes, {record.bytes} were written"
-        if status.st_mtime_ns != record.mtime_ns and checksum(path) != record.crc32:
-            return "was changed after it was written (its checksum is another)"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
+    status = path.stat()
+    if status.st_size != record.bytes:
+        return f"has {status.st_size} bytes, {record.bytes} were written"
+    if status.st_mtime_ns != record.mtime_ns and checksum(path) != record.crc32:
+        return "was changed after it was written (its checksum is another)"
     return ""
 
 
@@ -332,9 +354,12 @@ def _remove_leftovers(store: Path) -> None:
     """Folders of cases that were begun and not finished; the lock says that no other run is at them."""
     for leftover in (store / "cases").glob(".*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for index in store.glob(f".{INDEX}.*"):
+        index.unlink(missing_ok=True)
 
 
 def others(store: Path, index: StoreIndex) -> list[Path]:
     """The case folders that an index does not name: of older sources or settings."""
     named = {store / entry.folder for cases in index.cases.values() for entry in cases.values()}
-    return [folder for folder in (store / "cases").iterdir() if folder not in named]
+    return [folder for folder in (store / "cases").iterdir() if folder not in named and CASE_FOLDER.fullmatch(folder.name)
+            and folder.is_dir()]
