@@ -19,16 +19,16 @@ ON: dict[str, Any] = {
 
 def launches_of(
     size: tuple[int, ...] = (128, 128, 128), *, n: int = 2, channels: int = 1, dtype: torch.dtype = torch.float32,
-    stages: tuple[str, ...] = tuple(ON),
+    stages: tuple[str, ...] = tuple(ON), stream: int = 0,
 ) -> dict[str, list[Launch]]:
-    """Launches of the chain with some stages, and of the noise alone."""
+    """Launches of the chain with some stages, and of a stream of the noise alone."""
     neutral = IntensityParameters.neutral(n, channels)
     parameters = dataclasses.replace(neutral, **{name: torch.full_like(getattr(neutral, name), ON[name]) for name in stages})
     shape = (n, channels, *size)
     out = empty(shape, torch.float32)
     return {
         "chain": record(lambda: kernels.intensity_chain(empty(shape, dtype), parameters, out), kernels),
-        "noise": record(lambda: kernels.standard_normal(empty((n,), torch.int64), 0, out), kernels)}
+        "noise": record(lambda: kernels.standard_normal(empty((n,), torch.int64), stream, out), kernels)}
 
 
 HOT: dict[str, dict[str, Any]] = {"all": {}}
@@ -37,6 +37,11 @@ GENERAL: dict[str, dict[str, Any]] = {
     "rescale": {"stages": ("rescale",)}, "contrast": {"stages": ("contrast",)}, "gamma": {"stages": ("gamma",)},
     "noise": {"stages": ("noise_std", "rician_std", "bias", "brightness")}, "neutral": {"stages": ()},
     "by 4": {"size": (3, 5, 12)}, "by 4 together": {"size": (4, 8, 10)}, "odd": {"size": (33, 41, 65), "channels": 3},
+    "many channels": {"channels": 16},
+    # A number that is 1 is a constant.
+    "flat z": {"size": (1, 40, 48)}, "flat y": {"size": (40, 1, 48)}, "flat x": {"size": (40, 48, 1)},
+    "one voxel": {"size": (1, 1, 1), "n": 1}, "one voxel of several": {"size": (1, 1, 1), "channels": 3},
+    "stream 1": {"stream": 1}, "stream 2": {"stream": 2}, "odd stream 1": {"size": (33, 41, 65), "stream": 1},
 }
 
 if __name__ == "__main__":

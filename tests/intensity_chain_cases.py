@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from dropgen_fast.kernels.intensity_chain import IntensityParameters, reference
+from dropgen_fast.kernels.intensity_chain.triton import _noise as triton_noise
 
 STAGES = ("noise_std", "rician_std", "bias", "gamma", "brightness", "contrast", "rescale")
 U = 2.0**-24
@@ -15,6 +18,19 @@ U = 2.0**-24
 NORMAL = 8 * U * 6.67
 """Error of a normal. Of its radius, at most 6.67: the logarithm's 3 roundings, halved by the square root, which adds up to 2;
 of sine and cosine 2; of their product 1. Rounded up to 8."""
+
+
+@triton.jit
+def _normals_from(seed, counter, out, stream, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    z = triton_noise(tl.load(seed), stream, tl.load(counter), GROUPS)
+    tl.store(out + tl.arange(0, GROUPS)[:, None] * 4 + tl.arange(0, 4)[None, :], z)
+
+
+def normals_of_triton(seed: int, stream: int, counter: int, groups: int, device: str = "cpu") -> Tensor:
+    """(groups, 4) float32: the normals that Triton's kernels make of the counters from `counter` on."""
+    out = torch.empty((groups, 4), dtype=torch.float32, device=device)
+    _normals_from[(1,)](torch.tensor([seed], device=device), torch.tensor([counter], device=device), out, stream, GROUPS=groups)
+    return out
 
 
 def draw(samples: int, channels: int, *, seed: int = 0) -> IntensityParameters:

@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
-
-CAPABILITIES = (90, 80, 100)
-Row = dict[str, Any]
+from ahead_of_time import CAPABILITIES, Row, compiled, rows_of
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    """What compile_kernels.py says; registers are printed, for the record (pytest -s)."""
-    pytest.importorskip("triton.backends.nvidia.driver")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    program = os.path.join(os.path.dirname(__file__), "compile_kernels.py")
-    done = subprocess.run([sys.executable, program, *map(str, CAPABILITIES)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    for row in found:
-        if "kernel" in row:
-            print(f"sm_{row['capability']} {row['kernel']} ({row['case']}): {row['registers']} registers")
-    return found
-
-
-def compiled(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if "kernel" in row]
+    """What compile_kernels.py says."""
+    return rows_of("compile_kernels.py")
 
 
 def test_nothing_is_spilled(rows: list[Row]) -> None:

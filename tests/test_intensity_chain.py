@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ from intensity_chain_cases import STAGES, U, check, draw, draw_image, expected, 
 from torch import Tensor
 
 from dropgen_fast.kernels import library
-from dropgen_fast.kernels.intensity_chain import IntensityParameters, available_backends, intensity_chain, reference
+from dropgen_fast.kernels.intensity_chain import (
+    IntensityParameters,
+    available_backends,
+    intensity_chain,
+    reference,
+    standard_normal,
+)
 from dropgen_fast.kernels.intensity_chain import triton as triton_backend
 
 SIZES = ((2, 1, (8, 6, 8)), (3, 2, (5, 7, 9)), (1, 3, (3, 1, 50)))  # N, C, (D, H, W)
@@ -151,6 +158,18 @@ def test_in_place_of_half_the_batch(backend: str) -> None:
     assert image[1].equal(before[1])
 
 
+@pytest.mark.parametrize("stage", ["brightness", "contrast"])
+def test_in_place_of_some_channels(backend: str, stage: str) -> None:
+    """Of a sample with channels that stay as they are, the others do not; of the next sample all stay."""
+    image = draw_image(2, 3, (4, 5, 6))
+    factors = torch.tensor([[1.0, 1.3, 1.0], [1.0, 1.0, 1.0]])
+    parameters = dataclasses.replace(IntensityParameters.neutral(2, 3), **{stage: factors})
+    before = image.clone()
+    intensity_chain(image, parameters, out=image, backend=backend)
+    check(image, *expected(before, parameters))
+    assert not image[0, 1].equal(before[0, 1])
+
+
 def test_threads_change_nothing() -> None:
     image, parameters = draw_image(2, 2, (33, 34, 35)), draw(2, 2)
     before = torch.get_num_threads()
@@ -203,9 +222,10 @@ def test_constant_samples(backend: str) -> None:
 @pytest.mark.parametrize("stages", [("rescale",), ("contrast", "rescale"), ("gamma", "contrast", "rescale"), STAGES[3:]])
 @pytest.mark.parametrize("backend", KERNELS)
 def test_a_large_mean_costs_nothing(backend: str, stages: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside a range of 1: results depend on distances, which are exact; means are summed as such. Gamma is below 4.5."""
+    """Beside the range: results depend on distances, which are exact; means are summed as such. Gamma is below 4.5."""
     monkeypatch.setattr(triton_backend, "CHUNKS", 1)  # one lane's sum of many voxels
-    image = draw_image(1, 1, (21, 30, 31)) + 30000
+    image = (draw_image(1, 1, (21, 30, 31)) + 30000) * 0.7
+    assert (image.amax() - image.amin()).log2() % 1 != 0  # where the reciprocal is exact, so is gain · x + offset
     parameters = only(dataclasses.replace(draw(1, 1), contrast=torch.tensor([[1.5]])), *stages)  # where it clips shows the mean
     wanted = reference.intensity_chain(image.double(), parameters, dtype=torch.float64)
     result = intensity_chain(image, parameters, backend=backend)
@@ -241,6 +261,59 @@ def test_gamma_is_accurate_to_a_millionth_of_the_range(backend: str, gamma: floa
     torch.testing.assert_close(result.double(), (t.double() / (1 + 1e-7)) ** torch.tensor(gamma).double(), rtol=0,
                                atol=min(1e-6, (4 * gamma + 8) * U) if gamma < 4 else (4 * gamma + 8) * U)
     assert result[0] == 0
+
+
+def test_gamma_of_a_small_range(backend: str) -> None:
+    """Beside which the 1e-7 that is added to it counts: at the top 0.83 of the range is left."""
+    x = torch.linspace(0, 1, 101, dtype=torch.float32).view(1, 1, 1, 1, -1) * 1e-6
+    parameters = dataclasses.replace(IntensityParameters.neutral(1, 1), gamma=torch.tensor([2.0]))
+    result = intensity_chain(x, parameters, backend=backend)
+    span = float(x.max())
+    torch.testing.assert_close(result.double(), (x.double() / (span + 1e-7)) ** 2 * span, rtol=0, atol=(4 * 2 + 8) * U * span)
+
+
+@pytest.mark.parametrize("gamma", [1e3, 1e9])
+def test_gamma_however_large(backend: str, gamma: float) -> None:
+    """Leaves nothing below the top, which it does not exceed: not either where (x - min) / range is rounded to above 1."""
+    x = (torch.rand(64, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([-10.0, 50.0, 100.0]))
+    low, high = x[:, 0], x[:, 2]
+    assert ((high - low) * (1 / (high.double() - low + 1e-7)).float() > 1).any()
+    parameters = dataclasses.replace(IntensityParameters.neutral(64, 1), gamma=torch.full((64,), gamma))
+    result = intensity_chain(x.view(64, 1, 1, 1, 3), parameters, backend=backend).view(64, 3)
+    rounding = 4 * U * 111  # of numbers of that size
+    assert (result[:, :2] - low[:, None]).abs().max() <= rounding
+    assert (low - result[:, 2]).max() <= rounding
+    assert (result[:, 2] - high).max() <= rounding
+
+
+@pytest.mark.parametrize(("size", "stages"), [(1e17, STAGES), (1e-17, tuple(name for name in STAGES if name != "gamma"))])
+def test_large_and_small_values(backend: str, size: float, stages: tuple[str, ...]) -> None:
+    """The squares of Rician noise are float32s; gamma would take what is small beside 1e-7 to nothing."""
+    p = draw(2, 2)
+    p = only(dataclasses.replace(p, noise_std=p.noise_std * size, rician_std=p.rician_std * size), *stages)
+    image = draw_image(2, 2, (4, 5, 6)) * size
+    check(intensity_chain(image, p, backend=backend), *expected(image, p))
+
+
+@pytest.mark.parametrize("default", ["device", "dtype"])
+def test_defaults_of_torch_change_nothing(backend: str, default: str, request: pytest.FixtureRequest) -> None:
+    parameters, neutral = draw(2, 2), IntensityParameters.neutral(2, 2)
+    images = [draw_image(2, 2, (4, 5, 6), dtype) for dtype in (torch.float32, torch.int16)]
+    calls: list[Callable[[], Tensor]] = [partial(intensity_chain, image, parameters, backend=backend) for image in images]
+    calls.append(partial(standard_normal, parameters.seed, (3, 5), 1, backend=backend))
+    calls.append(partial(reference.to_values, images[1], torch.float64))
+    wanted = [call() for call in calls]
+    if default == "device":
+        request.addfinalizer(lambda: torch.set_default_device(None))
+        torch.set_default_device("meta")
+    else:
+        request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+        torch.set_default_dtype(torch.float64)
+    for call, result in zip(calls, wanted, strict=True):
+        assert call().equal(result)
+    again = IntensityParameters.neutral(2, 2)
+    for field in dataclasses.fields(again):
+        assert getattr(again, field.name).equal(getattr(neutral, field.name))
 
 
 def test_seeds_are_of_samples(backend: str) -> None:
@@ -302,6 +375,16 @@ def test_a_backend_that_cannot_be_had_says_why(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(triton_backend, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match=r"'triton' cannot take this call: it runs on a GPU .* what can: native, reference"):
         chain_with(backend="triton")()
+
+
+@pytest.mark.parametrize(("shape", "words"), [
+    ((2**15 + 1, 1, 1, 1, 1), "it takes 32768 samples and as many channels, and a tensor has (32769, 1)"),
+    ((1, 2**15 + 1, 1, 1, 1), "it takes 32768 samples and as many channels, and a tensor has (1, 32769)"),
+    ((1, 1, 2048, 1024, 1024), "it counts the voxels of a channel in 32 bits, and a tensor has (2048, 1024, 1024)"),
+    ((2**15, 2, 2047, 1024, 1024), ""),
+])
+def test_what_triton_refuses(shape: tuple[int, ...], words: str) -> None:
+    assert triton_backend.refuses(torch.empty(1).expand(shape)) == words
 
 
 def test_auto_is_native_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

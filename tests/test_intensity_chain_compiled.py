@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from typing import Any
-
 import pytest
-
-CAPABILITIES = (90, 80, 100)
-Row = dict[str, Any]
+from ahead_of_time import CAPABILITIES, Row, compiled, rows_of
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    """What compile_intensity_chain.py says; registers are printed, for the record (pytest -s)."""
-    pytest.importorskip("triton.backends.nvidia.driver")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    program = os.path.join(os.path.dirname(__file__), "compile_intensity_chain.py")
-    done = subprocess.run([sys.executable, program, *map(str, CAPABILITIES)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    for row in found:
-        if "kernel" in row:
-            print(f"sm_{row['capability']} {row['kernel']} ({row['case']}): {row['registers']} registers")
-    return found
+    """What compile_intensity_chain.py says."""
+    return rows_of("compile_intensity_chain.py")
 
 
 def test_nothing_is_spilled(rows: list[Row]) -> None:
-    compiled = [row for row in rows if "kernel" in row]
-    assert {(row["capability"], row["kernel"]) for row in compiled} == {
+    assert {(row["capability"], row["kernel"]) for row in compiled(rows)} == {
         (capability, kernel) for capability in CAPABILITIES
         for kernel in ("_statistics", "_fold", "_power_sums", "_write", "_standard_normal")}
-    assert [row for row in compiled if row["stack"] or row["local"]] == []
+    assert [row for row in compiled(rows) if row["stack"] or row["local"]] == []
 
 
 # Vectors of 128 bits in a tile of 8 voxels per thread: 2 for each time that it is read or written. `_statistics` reads the

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import scipy.stats
 import torch
-from intensity_chain_cases import NORMAL, U
+from intensity_chain_cases import NORMAL, U, normals_of_triton
 
 from dropgen_fast.kernels.intensity_chain import reference, standard_normal
 from dropgen_fast.kernels.intensity_chain import triton as triton_backend
@@ -38,6 +43,45 @@ def test_counter_key_and_lanes() -> None:
                                  tuple(map(torch.tensor, (seed % 2**32, (seed >> 32) % 2**32))))  # type: ignore[arg-type]
         pair = reference.box_muller(*words[:2]) if voxel % 4 < 2 else reference.box_muller(*words[2:])
         assert z[voxel] == pair[voxel % 2]
+
+
+FAR = 2**32 - 30
+"""A counter whose high word is 0 and that of the 30th after it 1: of a voxel beyond the 2^34th, which no test has memory for."""
+FAR_SEED = -0x123456789ABCDEF
+
+
+def far_normals(stream: int) -> torch.Tensor:
+    return reference.normals(FAR_SEED, stream, FAR + torch.arange(64))
+
+
+def test_high_word_of_the_counter() -> None:
+    z = far_normals(2)
+    for i, low, high in ((0, FAR, 0), (29, 2**32 - 1, 0), (30, 0, 1), (63, 33, 1)):
+        words = reference.philox(tuple(map(torch.tensor, (low, high, 2, 0))),  # type: ignore[arg-type]
+                                 tuple(map(torch.tensor, (FAR_SEED % 2**32, (FAR_SEED >> 32) % 2**32))))  # type: ignore[arg-type]
+        assert z[i].tolist() == [float(v) for pair in (words[:2], words[2:]) for v in reference.box_muller(*pair)]
+
+
+def test_high_word_of_tritons_counter() -> None:
+    found = normals_of_triton(FAR_SEED, 2, FAR, 64)
+    torch.testing.assert_close(found.double(), far_normals(2), rtol=0, atol=NORMAL)
+
+
+def test_high_word_of_the_native_counter(tmp_path: Path) -> None:
+    """By its function for 64 counters, compiled for this test: no call of the library comes that far."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or pytest.skip("no C++ compiler")
+    kernels = Path(__file__).parents[1] / "kernels" / "intensity_chain"
+    source, path = tmp_path / "far.cpp", tmp_path / "far.so"
+    source.write_text('#include "native.cpp"\n'
+                      'extern "C" void far(int64_t seed, uint32_t stream, uint64_t counter, float* out) {\n'
+                      "  static_assert(kBatch == 64);\n  normals(Key(seed), stream, counter, out);\n}\n")
+    done = subprocess.run([compiler, "-std=c++17", "-O1", "-Wno-unknown-pragmas", "-fPIC", "-shared", f"-I{kernels}",
+                           str(source), "-o", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.empty(64, 4)
+    ctypes.CDLL(str(path)).far(
+        ctypes.c_int64(FAR_SEED), ctypes.c_uint32(2), ctypes.c_uint64(FAR), ctypes.c_void_p(found.data_ptr()))
+    torch.testing.assert_close(found.double(), far_normals(2), rtol=0, atol=NORMAL)
 
 
 def test_radius_and_angle() -> None:
@@ -141,6 +185,14 @@ def test_fields_are_independent(fields: torch.Tensor) -> None:
 def test_what_does_not_fit_is_refused(call: Callable[[], object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_more_seeds_than_a_grid_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An axis of a grid that is not the first ends at 65535."""
+    assert triton_backend.MOST_PROGRAMS <= 65535
+    monkeypatch.setattr(triton_backend, "MOST_PROGRAMS", 2)  # the interpreter would take long, were they not refused
+    with pytest.raises(RuntimeError, match=r"it takes 2 samples .* what can: native, reference"):
+        standard_normal(SEEDS, (1,), 0, backend="triton")
 
 
 def test_triton_that_cannot_be_had_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

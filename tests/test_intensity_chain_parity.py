@@ -103,6 +103,13 @@ def test_each(backend: str, stage: str, size: tuple[int, ...], monkeypatch: pyte
     check(intensity_chain(image, p, backend=backend), theirs(image, p, stage), bound)
 
 
+def test_gamma_of_a_small_range(backend: str) -> None:
+    """Where the number that AdjustContrast adds to the range counts."""
+    image, p = draw_image(SAMPLES, CHANNELS, SIZE) * 1e-6, only(draw(SAMPLES, CHANNELS), "gamma")
+    _, bound = expected(image, p)
+    check(intensity_chain(image, p, backend=backend), theirs(image, p, "gamma"), bound)
+
+
 def test_all_in_order(backend: str) -> None:
     image, p = draw_image(SAMPLES, CHANNELS, SIZE), draw(SAMPLES, CHANNELS)
     _, bound = expected(image, p)

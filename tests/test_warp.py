@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.transforms import Affine, AffineGrid, Rand3DElastic, Resample
@@ -22,13 +24,25 @@ from torch import Tensor
 
 from dropgen_fast.kernels import library
 from dropgen_fast.kernels.warp import available_backends, reference, warp
+from dropgen_fast.kernels.warp import triton as triton_backend
 
-# Voxels: the error of a coordinate in float32 that `warp` states, for maps that move neighbours at most 2 voxels apart.
+# Voxels: the error of a coordinate in float32 that `warp` states, for maps that move neighbours at most 2 voxels apart; a few
+# roundings of an |A·u| of some voxels are within its last digit.
 COORDINATE = 1.2e-5
 # Of a value in [0, 1], whose neighbours differ by at most 1 along each of three axes, with 8 products and 7 sums in float32;
 # and half of the last place of a 16-bit result.
 VALUE = 3 * COORDINATE + 16 * 2**-24
 ROUNDING = {torch.float32: 0.0, torch.float16: 2**-12, torch.bfloat16: 2**-9}
+
+
+@triton.jit
+def taps(out, first, size, coarse, COUNT: tl.constexpr):
+    """`_tap` of COUNT voxels: (3, COUNT)."""
+    i = tl.arange(0, COUNT)
+    low, high, weight = triton_backend._tap(first + i, size, coarse)
+    tl.store(out + i, low.to(tl.float64))
+    tl.store(out + COUNT + i, high.to(tl.float64))
+    tl.store(out + 2 * COUNT + i, weight.to(tl.float64))
 
 
 @pytest.fixture(params=("reference", "native", "triton"))
@@ -197,6 +211,25 @@ def test_coordinates_do_not_lose_digits_along_a_long_axis(axis: int, backend: st
     assert (out.double() - wanted).abs().max().item() <= COORDINATE + 4 * 2**-24
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_fine_grid_does_not_lose_digits_along_a_long_axis(axis: int, backend: str) -> None:
+    """One control point fewer than voxels: an index of the grid in float32 would be off by length · 2⁻²⁴ · a few."""
+    g = torch.Generator().manual_seed(axis)
+    length = (300, 400, 600)[axis]  # shorter where the interpreter takes more boxes for it
+    size, grid = [4, 4, 4], [2, 2, 2]
+    size[axis], grid[axis] = length, length - 1
+    image = (torch.arange(length) % 2).to(torch.float32).view(1, 1, *(length if k == axis else 1 for k in range(3)))
+    image = image.expand(1, 1, *size).contiguous()
+    displacement = torch.zeros(1, 3, *grid)
+    displacement[:, axis] = torch.randn(1, *grid, generator=g) * 0.7
+    matrix = torch.eye(3, 4)[None]
+    out, _ = warp(image, None, matrix, displacement, backend=backend)
+    wanted, _ = definition(image, None, matrix, displacement, "zeros")
+    assert wanted.std() > 0.2
+    # 16 roundings of an |A·u| below 4 are 16 · 2⁻²³; then 4 of the value.
+    assert (out.double() - wanted).abs().max().item() <= COORDINATE + 16 * 2**-23 + 4 * 2**-24
+
+
 finite = st.floats(-2, 2, width=32)
 
 
@@ -277,6 +310,54 @@ def test_voxels_to_voxels_are_exact(axes: Any, signs: Any, shift: Any, padding: 
     assert torch.equal(label_out, label_wanted)
 
 
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+@pytest.mark.parametrize(("scale", "shift", "u"), [
+    (1.0, 0.5, 0.0), (1.0, -0.5, 0.0), (1.0, 1.5, 0.0), (0.5, 0.0, 0.0), (0.5, -0.5, 0.0), (1.5, 0.0, 0.0), (1.5, -2.0, 0.0),
+    (1.0, 0.0, 0.5), (1.0, -1.0, 0.5), (0.5, 0.25, 0.5), (-1.0, 15.5, 0.0), (-1.0, 16.0, 0.5),
+])
+def test_ties_go_up(scale: float, shift: float, u: float, padding: str, backend: str) -> None:
+    """Every number here is one of float32's, and so are sums and products: the label is that of floor(s + 1/2), to the letter."""
+    size = (8, 12, 16)
+    label = torch.randint(1, 200, (1, 1, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    displacement = torch.full((1, 3, 2, 3, 4), u) if u else None
+    for axis, length in enumerate(size):
+        matrix = torch.eye(3, 4)[None].clone()
+        matrix[0, :, 3] = -u  # which takes u back along the others
+        matrix[0, axis, axis], matrix[0, axis, 3] = scale, shift
+        _, found = warp(label.float(), label, matrix, displacement, padding=padding, backend=backend)
+        nearest = np.floor((np.arange(length) + u) * scale + shift + 0.5).astype(int)
+        inside = (nearest >= 0) & (nearest < length) | (padding == "border")
+        wanted = label.index_select(axis + 2, torch.from_numpy(nearest.clip(0, length - 1)))
+        wanted = wanted * torch.from_numpy(inside).view(*(length if k == axis else 1 for k in range(3)))
+        assert found is not None
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("zero", [False, True], ids=["no displacement", "zero displacement"])
+def test_a_copied_sample_keeps_what_is_not_a_number_to_itself(zero: bool, backend: str) -> None:
+    """Read with weights, a NaN would reach its neighbours at weight 0."""
+    image, label, matrix, _ = Case(n=2, channels=2, size=(5, 7, 18)).make()
+    matrix[1] = torch.eye(3, 4)
+    image[1, :, 2, 3, 4] = math.nan
+    out, _ = warp(image, label, matrix, torch.zeros(2, 3, 2, 2, 2) if zero else None, backend=backend)
+    assert torch.equal(out[1].nan_to_num(nan=-1.0), image[1].nan_to_num(nan=-1.0))
+    assert torch.isfinite(out[0]).all()
+    assert not torch.equal(out[0], image[0])
+
+
+def test_only_a_zero_displacement_is_none(backend: str) -> None:
+    """The identity with a displacement that is nowhere positive, and with one of a single control point; beside none."""
+    image, label, _, _ = Case(n=3, size=(5, 7, 18)).make()
+    matrix = torch.eye(3, 4).repeat(3, 1, 1)
+    displacement = torch.zeros(3, 3, 2, 2, 2)
+    displacement[0] = -torch.rand(3, 2, 2, 2, generator=torch.Generator().manual_seed(0)) - 0.25
+    displacement[1, 2, 1, 1, 1] = -1.25
+    check((image, label, matrix, displacement), "zeros", backend)
+    out, _ = warp(image, label, matrix, displacement, backend=backend)
+    assert [torch.equal(a, b) for a, b in zip(out, image, strict=True)] == [False, False, True]
+
+
 @pytest.mark.parametrize("shift", [1e3, 1e7, 1e30, -1e3, -1e7, -1e30])
 def test_far_outside(shift: float, backend: str) -> None:
     image, label, _, _ = Case(size=(3, 4, 17)).make()
@@ -326,6 +407,39 @@ def test_strides_do_not_matter(backend: str) -> None:
         assert label_wanted is not None
         assert torch.equal(out, wanted)
         assert torch.equal(label_out, label_wanted)
+
+
+@pytest.mark.parametrize("name", ["two samples, three channels, two labels", "coarse"])
+def test_defaults_of_torch_do_not_matter(name: str, backend: str) -> None:
+    """Neither a default device, on which nothing here is, nor a default type reaches what `warp` makes for itself."""
+    inputs = CASES[name].make()
+    wanted, label_wanted = warp(*inputs, backend=backend)
+    dtype = torch.get_default_dtype()
+    try:
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.float64)
+        out, label_out = warp(*inputs, backend=backend)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(dtype)
+    assert torch.equal(out, wanted)
+    assert label_out is not None
+    assert label_wanted is not None
+    assert torch.equal(label_out, label_wanted)
+
+
+def test_taps_of_the_longest_axis_are_exact() -> None:
+    """The longest axis that Triton's kernel takes is where its integers of 32 bits are nearly used up."""
+    size = triton_backend.LONGEST_AXIS
+    for coarse in (size, size - 1, 3, 1):
+        for first in (0, size // 2, size - 64):
+            found = torch.empty(3, 64, dtype=torch.float64)
+            taps[(1,)](found, first, size, coarse, COUNT=64)
+            numerator = ((2 * np.arange(first, first + 64, dtype=np.int64) + 1) * coarse - size).clip(0)
+            low, rest = numerator // (2 * size), numerator % (2 * size)
+            high = np.where(rest > 0, np.minimum(low + 1, coarse - 1), low)
+            assert found[:2].tolist() == [low.tolist(), high.tolist()]
+            assert np.abs(found[2].numpy() - rest / (2 * size)).max() <= 2**-24
 
 
 def test_threads_do_not_change_a_bit() -> None:

@@ -28,13 +28,15 @@ the host, and the buffers depend on shapes only: a CUDA graph can capture a call
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..gpu import INTERPRETED, on_device_of
+from ..gpu import MISSING as MISSING  # part of what a backend says of itself
 
 try:
     import triton
@@ -87,11 +89,6 @@ MOST_PROGRAMS = 2**15  # of samples or channels; the second and third axis of a 
 MOST_VOXELS = 2**31 - 2**17  # of a channel, so that the index of the last tile's last voxel has 32 bits
 
 
-MISSING = "" if triton is not None else "Triton is not installed"
-"""Why this backend cannot be had here, or ""."""
-INTERPRETED = triton is not None and triton.knobs.runtime.interpret
-"""Whether the kernels below are defined for Triton's interpreter, which runs on the CPU (TRITON_INTERPRET=1)."""
-
 
 def refuses(tensors: list[Tensor]) -> str:
     """Why this backend cannot take these tensors, or ""."""
@@ -105,11 +102,6 @@ def refuses(tensors: list[Tensor]) -> str:
         if tensor.dim() == 5 and (math.prod(tensor.shape[2:]) > MOST_VOXELS or max(tensor.shape[2:]) > LONGEST_AXIS):
             return f"it counts the voxels of a channel in 32 bits, and a tensor has {tuple(tensor.shape[2:])}"
     return ""
-
-
-def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Triton launches on the current device; make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 class Layout(NamedTuple):
@@ -170,7 +162,7 @@ def forward(
     image_norm: tuple[str, float, float], feature_norm: str, eps: float,
 ) -> None:
     """Write `out` (N, C, D, H, W), dense, NCDHW or channels-last, and both statistics; see `fuse_streams`."""
-    with _device_of(out):
+    with on_device_of(out):
         partial, chunks = _launch_statistics(image, features, scale, feature_stats, image_norm[0], feature_norm, eps)
         _launch_pass(image, features, scale, out, partial, chunks, image_stats, feature_stats, image_norm, feature_norm, eps)
 
@@ -279,7 +271,7 @@ def backward(
     image_channels: int, image_norm: tuple[str, float, float], feature_norm: str, eps: float,
 ) -> None:
     """Write the gradients that are given, which are contiguous: `grad_image` in its dtype, `grad_features` in float32."""
-    with _device_of(grad):
+    with on_device_of(grad):
         if grad_image is not None:
             _launch_image_backward(grad, image, scale, image_stats, grad_image, image_norm)
         if grad_features is not None and features is not None:

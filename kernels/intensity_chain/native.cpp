@@ -174,8 +174,10 @@ struct Finish {
   }
 };
 
-// t^gamma for t in [0, 1], off by at most 2 · 2^-24; 0 below 2^-126, where log_of means nothing, but is finite.
+// t^gamma for t in [0, 1], off by at most 2 · 2^-24; 0 below 2^-126, where log_of means nothing, but is finite. A t that was
+// rounded to above 1 is 1: a large gamma would make it any size.
 inline float power(float t, float gamma) {
+  t = t < 1.0f ? t : 1.0f;
   float y = log_of(t) * gamma * 1.44269504f;
   y = y > -126.0f ? y : -126.0f;
   const float p = exp2_of(y);

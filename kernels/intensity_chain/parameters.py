@@ -92,6 +92,12 @@ class IntensityParameters:
     def neutral(cls, samples: int, channels: int) -> IntensityParameters:
         """Every stage off."""
         return cls(
-            seed=torch.zeros(samples, dtype=torch.int64), noise_std=torch.zeros(samples), rician_std=torch.zeros(samples),
-            bias=torch.zeros(samples, len(BIAS_TERMS)), gamma=torch.ones(samples), brightness=torch.ones(samples, channels),
-            contrast=torch.ones(samples, channels), rescale=torch.zeros(samples, dtype=torch.bool))
+            seed=_full(0, torch.int64, samples), noise_std=_full(0, torch.float32, samples),
+            rician_std=_full(0, torch.float32, samples), bias=_full(0, torch.float32, samples, len(BIAS_TERMS)),
+            gamma=_full(1, torch.float32, samples), brightness=_full(1, torch.float32, samples, channels),
+            contrast=_full(1, torch.float32, samples, channels), rescale=_full(0, torch.bool, samples))
+
+
+def _full(value: int, dtype: torch.dtype, *shape: int) -> Tensor:
+    """On the CPU, whatever torch's default device and dtype are."""
+    return torch.full(shape, value, dtype=dtype, device="cpu")

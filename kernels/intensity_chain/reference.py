@@ -66,14 +66,19 @@ def standard_normal(
 ) -> Tensor:
     """(N, *shape) in `dtype`, rounded from float64: the noise of the seeds (N,) int64."""
     size = math.prod(shape)
-    index = torch.arange((size + 3) // 4, device=device)
-    zero = torch.zeros((), dtype=torch.int64, device=device)
+    counter = torch.arange((size + 3) // 4, dtype=torch.int64, device=device)
     result = torch.empty((len(seed), size), dtype=dtype, device=device)
     for n, value in enumerate(seed.tolist()):
-        key = (zero + (value & LOW_32), zero + (value >> 32 & LOW_32))
-        w0, w1, w2, w3 = philox((index & LOW_32, index >> 32, zero + stream, zero), key)
-        result[n] = torch.stack((*box_muller(w0, w1), *box_muller(w2, w3)), 1).flatten()[:size]
+        result[n] = normals(value, stream, counter).flatten()[:size]
     return result.view(len(seed), *shape)
+
+
+def normals(seed: int, stream: int, counter: Tensor) -> Tensor:
+    """(M, 4) float64: the normals of counters (M,) int64, on their device."""
+    zero = torch.zeros_like(counter[:1])
+    key = (zero + (seed & LOW_32), zero + (seed >> 32 & LOW_32))
+    w0, w1, w2, w3 = philox((counter & LOW_32, counter >> 32, zero + stream, zero), key)
+    return torch.stack((*box_muller(w0, w1), *box_muller(w2, w3)), 1)
 
 
 def legendre(size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
@@ -84,7 +89,7 @@ def legendre(size: int, dtype: torch.dtype, device: torch.device | str = "cpu") 
 
 def log_bias_field(bias: Tensor, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """(N, D, H, W): Σ c_ijk P_i P_j P_k of coefficients (N, 20)."""
-    table = torch.zeros((len(bias), *3 * (BIAS_DEGREE + 1,)), dtype=dtype)
+    table = torch.zeros((len(bias), *3 * (BIAS_DEGREE + 1,)), dtype=dtype, device="cpu")
     for term, (i, j, k) in enumerate(BIAS_TERMS):
         table[:, i, j, k] = bias[:, term]
     z, y, x = (legendre(size, dtype, device) for size in shape)
@@ -93,7 +98,9 @@ def log_bias_field(bias: Tensor, shape: tuple[int, int, int], dtype: torch.dtype
 
 def to_values(image: Tensor, dtype: torch.dtype) -> Tensor:
     """The image in `dtype`; int16 is value / 32767, by the nearest float32 of the reciprocal, which gives 1.0 for 32767."""
-    return image.to(dtype) * float(torch.tensor(1 / INT16_ONE)) if image.dtype == torch.int16 else image.to(dtype)
+    if image.dtype != torch.int16:
+        return image.to(dtype)
+    return image.to(dtype) * float(torch.tensor(1 / INT16_ONE, dtype=torch.float32, device="cpu"))
 
 
 def intensity_chain(image: Tensor, parameters: IntensityParameters, *, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -19,7 +19,6 @@ order: results are the same from call to call. Nothing waits for the device; the
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..gpu import INTERPRETED, on_device_of, sent
+from ..gpu import MISSING as MISSING  # part of what a backend says of itself
 from .parameters import BIAS_TERMS, IntensityParameters
 
 try:
@@ -51,17 +52,12 @@ SEED, FLAGS, NOISE_STD, RICIAN_STD, GAMMA_OF, BIAS_OF = 0, 2, 3, 4, 5, 6
 BRIGHTNESS_OF = BIAS_OF + len(BIAS_TERMS)
 FINISH = 7  # numbers of a channel's last stages: shift, inverse, gamma, gain, offset, low, high
 
-MISSING = "" if triton is not None else "Triton is not installed"
-"""Why this backend cannot be had here, or ""."""
-INTERPRETED = triton is not None and triton.knobs.runtime.interpret
-"""Whether the kernels below are defined for Triton's interpreter, which runs on the CPU (TRITON_INTERPRET=1)."""
-
 
 def refuses(tensor: Tensor) -> str:
-    """Why this backend cannot take this tensor, or ""."""
+    """Why this backend cannot take this tensor, an image or (N, voxels) of noise, or ""."""
     if not tensor.is_cuda and not INTERPRETED:
         return f"it runs on a GPU (or with TRITON_INTERPRET=1), and a tensor is on {tensor.device}"
-    if tensor.dim() == 5 and max(tensor.shape[:2]) > MOST_PROGRAMS:
+    if max(tensor.shape[:2]) > MOST_PROGRAMS:
         return f"it takes {MOST_PROGRAMS} samples and as many channels, and a tensor has {tuple(tensor.shape[:2])}"
     if tensor.dim() == 5 and math.prod(tensor.shape[2:]) > MOST_VOXELS:
         return f"it counts the voxels of a channel in 32 bits, and a tensor has {tuple(tensor.shape[2:])}"
@@ -99,16 +95,6 @@ def pack(parameters: IntensityParameters, *, in_place: bool) -> Packed:
     return Packed(torch.from_numpy(words), bool((flags & MEASURED).any()), bool(((flags & both) == both).any()))
 
 
-def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Triton launches on the current device; make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 def intensity_chain(image: Tensor, parameters: IntensityParameters, out: Tensor) -> None:
     """Write `out` (N, C, D, H, W); both contiguous; see `dropgen_fast.kernels.intensity_chain`."""
     n, channels, *size = image.shape
@@ -121,8 +107,8 @@ def intensity_chain(image: Tensor, parameters: IntensityParameters, out: Tensor)
     options: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": True}
     layout = {"ROWS": size[2] % 4 == 0, "ALIGNED": aligned, "GROUPS": groups}
     steps = [2 / (length - 1) if length > 1 else 0.0 for length in size]
-    with _device_of(image):
-        table = _sent(packed.table, image.device)
+    with on_device_of(image):
+        table = sent(packed.table, image.device)
         volume = (channels, voxels, *size[1:], *steps)
         finishes = table  # not read where nothing is measured
         if packed.measured:
@@ -141,9 +127,9 @@ def intensity_chain(image: Tensor, parameters: IntensityParameters, out: Tensor)
 def standard_normal(seed: Tensor, stream: int, out: Tensor) -> None:
     """Write `out` (N, …), contiguous."""
     size = out[0].numel()
-    with _device_of(out):
+    with on_device_of(out):
         _standard_normal[(triton.cdiv(size, 4 * GROUPS), len(seed))](
-            _sent(seed, out.device), out, size, stream, ALIGNED=size % 4 == 0, GROUPS=GROUPS, num_warps=WARPS,
+            sent(seed, out.device), out, size, stream, ALIGNED=size % 4 == 0, GROUPS=GROUPS, num_warps=WARPS,
             enable_fp_fusion=True)
 
 
@@ -171,7 +157,11 @@ if triton is not None:
 
     @triton.jit
     def _power(t, gamma):
-        """t^gamma for t ≥ 0; 0 below 2^-126, where `_log` means nothing, but is finite."""
+        """t^gamma for t of [0, 1]; 0 below 2^-126, where `_log` means nothing, but is finite.
+
+        A t that was rounded to above 1 is 1: a large gamma would make it any size.
+        """
+        t = tl.minimum(t, 1.0)
         return tl.where(t >= 1.1754943508222875e-38, tl.exp2(_log(t) * gamma * 1.44269504), 0.0)
 
     @triton.jit
@@ -375,48 +365,63 @@ if triton is not None:
         return tl.min(tl.load(extremes + chunk), 0), tl.max(tl.load(extremes + CHUNKS + chunk), 0)
 
     @triton.jit
-    def _fold_channel(words, extremes, sums, lowest, highest, flags, c, C, V, POWERS: tl.constexpr, CHUNKS: tl.constexpr):
-        """A channel's last stages but for rescale, float64: (shift, inverse, gain, offset, low, high), and its extremes then.
+    def _inverse_span(lowest, highest):
+        """What gamma multiplies by to come to [0, 1]."""
+        return (1.0 / (highest.to(tl.float64) - lowest.to(tl.float64) + 1e-7)).to(tl.float32)
 
-        Gamma, brightness and contrast are monotone, so minimum and maximum go through them; what follows gamma is affine and
-        clipped, and becomes one step.
-        """
-        bright = _float(words, _BRIGHTNESS_OF + c).to(tl.float64)
-        factor = _float(words, _BRIGHTNESS_OF + C + c).to(tl.float64)
+    @triton.jit
+    def _after_gamma(words, extremes, sums, lowest, highest, flags, c, V, POWERS: tl.constexpr, CHUNKS: tl.constexpr):
+        """A channel's minimum, maximum and mean, float64: of the statistics, through gamma; the mean with POWERS only."""
         low32, high32 = _extremes_of(extremes + c * 2 * CHUNKS, CHUNKS)
-        mean = tl.sum(tl.load(sums + c * CHUNKS + tl.arange(0, CHUNKS)), 0) / V
-        base = lowest.to(tl.float64)
-        span = highest.to(tl.float64) - base
-        inverse = (1.0 / (span + 1e-7)).to(tl.float32)
         low = low32.to(tl.float64)
         high = high32.to(tl.float64)
-        gain = bright * factor
+        mean = tl.sum(tl.load(sums + c * CHUNKS + tl.arange(0, CHUNKS)), 0) / V
         if flags & _GAMMA != 0:
             gamma = _float(words, _GAMMA_OF)
-            shift = lowest
-            gain *= span
+            inverse = _inverse_span(lowest, highest)
+            base = lowest.to(tl.float64)
+            span = highest.to(tl.float64) - base
             low = base + span * _power((low32 - lowest) * inverse, gamma).to(tl.float64)
             high = base + span * _power((high32 - lowest) * inverse, gamma).to(tl.float64)
             if POWERS:
                 mean = base + span * mean
-        else:
-            shift = tl.where(factor != 1.0, mean.to(tl.float32), tl.where(flags & _RESCALE != 0, lowest, 0.0))
+        return low, high, mean
+
+    @triton.jit
+    def _after_contrast(low, high, mean, bright, factor):
+        """Extremes of a channel through brightness and contrast, which clips to those that it finds."""
         low *= bright
         high *= bright
         mean *= bright
+        stretched_low = tl.minimum(tl.maximum(factor * (low - mean) + mean, low), high)
+        stretched_high = tl.minimum(tl.maximum(factor * (high - mean) + mean, low), high)
+        return tl.where(factor != 1.0, stretched_low, low), tl.where(factor != 1.0, stretched_high, high)
+
+    @triton.jit
+    def _last_stages(low, high, mean, bright, factor, lowest, highest, flags):
+        """A channel's last stages but for rescale: (shift, gain, offset, lower, upper); all but shift float64.
+
+        What follows gamma is affine and clipped, and becomes one step.
+        """
+        gain = bright * factor
+        if flags & _GAMMA != 0:
+            shift = lowest
+            gain *= highest.to(tl.float64) - lowest.to(tl.float64)
+        else:
+            shift = tl.where(factor != 1.0, mean.to(tl.float32), tl.where(flags & _RESCALE != 0, lowest, 0.0))
         middle = bright * shift.to(tl.float64)  # what t = 0 stands for
+        mean *= bright
         offset = tl.where(factor != 1.0, factor * (middle - mean) + mean, middle)
-        lower = tl.where(factor != 1.0, low, float("-inf"))
-        upper = tl.where(factor != 1.0, high, float("inf"))
-        low = tl.where(factor != 1.0, factor * (low - mean) + mean, low)
-        high = tl.where(factor != 1.0, factor * (high - mean) + mean, high)
-        low = tl.minimum(tl.maximum(low, lower), upper)
-        high = tl.minimum(tl.maximum(high, lower), upper)
-        return shift, inverse, gain, offset, lower, upper, low, high
+        lower = tl.where(factor != 1.0, low * bright, float("-inf"))
+        upper = tl.where(factor != 1.0, high * bright, float("inf"))
+        return shift, gain, offset, lower, upper
 
     @triton.jit
     def _fold(table, extremes, sums, finishes, C, V, POWERS: tl.constexpr, CHUNKS: tl.constexpr):
-        """finishes (N, C, 7), of the statistics; with POWERS sums are those of t^gamma. Grid (N,)."""
+        """finishes (N, C, 7), of the statistics; with POWERS sums are those of t^gamma. Grid (N,).
+
+        Gamma, brightness and contrast are monotone, so minimum and maximum go through them.
+        """
         n = tl.program_id(0).to(tl.int64)
         words = table + n * (_BRIGHTNESS_OF + 2 * C)
         extremes += n * C * 2 * CHUNKS
@@ -436,15 +441,19 @@ if triton is not None:
             bottom = tl.full([], float("inf"), tl.float64)
             top = tl.full([], float("-inf"), tl.float64)
             for c in range(C):
-                _, _, _, _, _, _, low, high = _fold_channel(
-                    words, extremes, sums, lowest, highest, flags, c, C, V, POWERS, CHUNKS)
+                low, high, mean = _after_gamma(words, extremes, sums, lowest, highest, flags, c, V, POWERS, CHUNKS)
+                bright = _float(words, _BRIGHTNESS_OF + c).to(tl.float64)
+                factor = _float(words, _BRIGHTNESS_OF + C + c).to(tl.float64)
+                low, high = _after_contrast(low, high, mean, bright, factor)
                 bottom = tl.minimum(bottom, low)
                 top = tl.maximum(top, high)
             varies = (top - bottom).to(tl.float32) >= 1.1754943508222875e-38
             by = tl.where(varies, 1.0 / tl.where(varies, top - bottom, 1.0), 0.0)
             for c in range(C):
-                shift, inverse, gain, offset, lower, upper, _, _ = _fold_channel(
-                    words, extremes, sums, lowest, highest, flags, c, C, V, POWERS, CHUNKS)
+                low, high, mean = _after_gamma(words, extremes, sums, lowest, highest, flags, c, V, POWERS, CHUNKS)
+                bright = _float(words, _BRIGHTNESS_OF + c).to(tl.float64)
+                factor = _float(words, _BRIGHTNESS_OF + C + c).to(tl.float64)
+                shift, gain, offset, lower, upper = _last_stages(low, high, mean, bright, factor, lowest, highest, flags)
                 if flags & _RESCALE != 0:
                     gain *= by
                     offset = (offset - bottom) * by
@@ -452,7 +461,7 @@ if triton is not None:
                     upper = tl.where(varies, (tl.minimum(upper, top) - bottom) * by, 0.0)
                 finish = finishes + c * _FINISH
                 tl.store(finish, shift)
-                tl.store(finish + 1, inverse)
+                tl.store(finish + 1, _inverse_span(lowest, highest))
                 tl.store(finish + 2, _float(words, _GAMMA_OF))
                 tl.store(finish + 3, gain.to(tl.float32))
                 tl.store(finish + 4, offset.to(tl.float32))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..choice import choose
+from ..gpu import on_device_of, sent
 from . import native, reference, triton
 
 __all__ = ["available_backends", "warp"]
@@ -44,13 +45,16 @@ def warp(
         The warped image in its dtype, and the warped label in its own, or None; both contiguous. Not differentiable.
 
     The image is Σ weight · voxel over the 8 voxels around s, summed in float32; the label is the voxel floor(s + 1/2). A
-    coordinate that is not a number reads outside ("zeros") or voxel 0 ("border"). A sample whose matrix is the identity and
-    whose displacement is None or zero is copied. On a GPU nothing waits for the device, and a graph can capture a call whose
-    matrix and displacement lie there.
+    coordinate that is not a number reads outside ("zeros") or voxel 0 ("border"). Where both lie on the CPU, a sample whose
+    matrix is the identity and whose displacement is None or zero is copied by "native" and "triton".
+
+    On a GPU nothing waits for the device. A CUDA graph can capture a call whose matrix and displacement lie there, and must not
+    capture any other: it would read the host's copy of them, which may have other contents when it is replayed.
 
     The definition computes s in float64, the other backends in float32, with an error of at most about 1e-5 voxels for a map
-    that moves neighbours no further than 2 voxels apart: they count from a whole voxel near s, so that the error does not grow
-    with the volume. The label of a voxel whose s is that close to a tie may therefore differ between backends.
+    that moves neighbours no further than 2 voxels apart, and a few roundings of |A·u| where there is a displacement (each at
+    most 6e-8 of it). They count from a whole voxel near s, so that the error does not grow with the volume. The label of a voxel
+    whose s is that close to a tie may therefore differ between backends.
 
     Raises:
         ValueError: an argument that does not fit, named with what was wanted and what came.
@@ -63,8 +67,9 @@ def warp(
         return native.warp(image, label, matrix, displacement, border=border)
     if chosen == "triton":
         return triton.warp(image, label, matrix, displacement, border=border)
-    matrix = matrix.to(image.device, non_blocking=True)
-    displacement = displacement.to(image.device, non_blocking=True) if displacement is not None else None
+    with on_device_of(image):
+        matrix = sent(matrix, image.device)
+        displacement = sent(displacement, image.device) if displacement is not None else None
     return reference.warp(image, label, matrix, displacement, border=border)
 
 

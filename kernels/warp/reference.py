@@ -54,7 +54,8 @@ def _linear(image: Tensor, source: Tensor) -> Tensor:
         weight = torch.ones_like(upper[0])
         for axis, step in enumerate(corner):
             weight = weight * (upper[axis] if step else 1 - upper[axis])
-        index, inside = _index(low + torch.tensor(corner, device=low.device)[:, None, None, None], image.shape[1:])
+        # Numbers, not a tensor of them, which would have to reach the device, and for which the host would wait.
+        index, inside = _index(torch.stack([low[axis] + step for axis, step in enumerate(corner)]), image.shape[1:])
         total += torch.where(inside, weight, 0.0).to(total.dtype) * image.flatten(1)[:, index].to(total.dtype)
     return total.to(image.dtype)
 

@@ -1,6 +1,6 @@
 """`warp` as a Triton kernel.
 
-Shapes: N batch, C image channels, L labels, D H W voxels, d h coarse voxels. All tensors are contiguous.
+Shapes: N batch, C image channels, L labels, D H W voxels, d h w coarse voxels. All tensors are contiguous.
 
     out[n, c, o] = Σ over 8 voxels of weight · image[n, c, voxel],   label_out[n, l, o] = label[n, l, floor(s + 1/2)],
     s = A·(o + u(o)) + t
@@ -17,18 +17,19 @@ voxels that have none at all are not read.
 Coordinates are counted from a whole voxel near the source of the box's first voxel. That source is found in pairs of float32
 (products by fused multiply-add, sums after Knuth 1969), for which contraction by the compiler is off.
 
-A displacement on a coarser grid is stretched along x first, by torch, which costs as many voxels as it has rows; a program then
-mixes four of its rows. No launch waits for the host.
+A displacement on a coarser grid is interpolated by the program, from the eight coarse voxels around: a coarse grid is small and
+stays in the caches. On rows as long as the image's (w = W) it takes four, in vectors. Where they lie and what they weigh is
+found in integers. Nothing waits for the device.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..gpu import INTERPRETED, MISSING, on_device_of, sent
 
 try:
     import triton
@@ -39,14 +40,9 @@ except ImportError:  # the other backends do without
 BOX = (4, 8, 16)  # not tuned: chosen as said above, from registers and sectors, not from timings on a GPU
 WARPS = 4  # four voxels of each thread: twice as many, for whole vectors of 16-bit types, would double its registers
 COPIED, MOVED, DISPLACED = 0, 1, 2  # what a sample needs
-LONGEST_AXIS = 2**15
+LONGEST_AXIS = 2**15  # (2 i + 1) · coarse stays below 2³¹
 MOST_VOXELS = 2**31 - 2**17  # of a channel, whose offsets have 32 bits
 MOST_SAMPLES = 2**15  # the second axis of a grid holds twice as many
-
-MISSING = "" if triton is not None else "Triton is not installed"
-"""Why this backend cannot be had here, or ""."""
-INTERPRETED = triton is not None and triton.knobs.runtime.interpret
-"""Whether the kernel below is defined for Triton's interpreter, which runs on the CPU (TRITON_INTERPRET=1)."""
 
 
 def refuses(image: Tensor) -> str:
@@ -70,20 +66,19 @@ def warp(
     label = label.contiguous() if label is not None else None
     n, channels, *size = image.shape
     kinds = _kinds(matrix, displacement)
-    # The kind of a sample goes with its matrix, so that both reach the device in one transfer.
-    maps = torch.cat([matrix.flatten(1), kinds], 1).to(image.device, non_blocking=True)
+    grid = list(displacement.shape[2:]) if displacement is not None else [1, 1, 1]
+    boxes = [triton.cdiv(length, edge) for length, edge in zip(size, BOX, strict=True)]
     out = torch.empty(image.shape, dtype=image.dtype, device=image.device)
     label_out = torch.empty(label.shape, dtype=label.dtype, device=label.device) if label is not None else None
-    field, grid = maps, [1, 1]
-    if displacement is not None:
-        field, grid = _stretched(displacement.to(image.device, non_blocking=True), size[2]), list(displacement.shape[2:4])
-    boxes = [triton.cdiv(length, edge) for length, edge in zip(size, BOX, strict=True)]
-    with torch.cuda.device(image.device) if image.is_cuda else contextlib.nullcontext():
+    with on_device_of(image):
+        # The kind of a sample goes with its matrix, so that both reach the device in one transfer.
+        maps = sent(torch.cat([matrix.flatten(1), kinds], 1), image.device)
+        field = sent(displacement.contiguous(), image.device) if displacement is not None else maps
         _warp[(math.prod(boxes), n)](
             image, label if label is not None else image, maps, field, out, label_out if label_out is not None else out,
             channels, label.shape[1] if label is not None else 0, *size, *grid, *boxes[1:],
-            HAS_LABEL=label is not None, HAS_DISPLACEMENT=displacement is not None, BORDER=border,
-            VECTOR=math.gcd(BOX[2], size[2]), BOX_Z=BOX[0], BOX_Y=BOX[1], BOX_X=BOX[2],
+            HAS_LABEL=label is not None, HAS_DISPLACEMENT=displacement is not None, WHOLE_ROWS=grid[2] == size[2],
+            BORDER=border, VECTOR=math.gcd(BOX[2], size[2]), BOX_Z=BOX[0], BOX_Y=BOX[1], BOX_X=BOX[2],
             num_warps=WARPS, enable_fp_fusion=False)
     return out, label_out
 
@@ -91,22 +86,13 @@ def warp(
 def _kinds(matrix: Tensor, displacement: Tensor | None) -> Tensor:
     """What each sample needs: (N, 1) float32 beside the matrix. What is not on the CPU is not looked at: the host would wait."""
     n, device = matrix.shape[0], matrix.device
-    displaced = torch.full((n,), displacement is not None, device=device)
+    displaced = torch.full((n,), displacement is not None, dtype=torch.bool, device=device)
     still = torch.zeros(n, dtype=torch.bool, device=device)
     if device.type == "cpu":
         if displacement is not None and displacement.device.type == "cpu":
             displaced = displacement.flatten(1).ne(0).any(1)
-        still = (matrix == torch.eye(3, 4)).flatten(1).all(1)
+        still = (matrix == torch.eye(3, 4, dtype=matrix.dtype, device=device)).flatten(1).all(1)
     return torch.where(displaced, DISPLACED, torch.where(still, COPIED, MOVED)).to(torch.float32)[:, None]
-
-
-def _stretched(displacement: Tensor, width: int) -> Tensor:
-    """The displacement (N, 3, d, h, w) with rows of the image's length: (N, 3, d, h, W), contiguous."""
-    n, _, d, h, w = displacement.shape
-    if w == width:
-        return displacement.contiguous()
-    rows = F.interpolate(displacement.reshape(n, 3 * d * h, w), width, mode="linear", align_corners=False)
-    return rows.view(n, 3, d, h, width)
 
 
 if triton is not None:
@@ -137,28 +123,29 @@ if triton is not None:
         return origin.to(tl.int32), s
 
     @triton.jit
-    def _turned(m, uz, uy, ux, s):
-        """s + A·u along one axis."""
-        return tl.fma(tl.load(m), uz, tl.fma(tl.load(m + 1), uy, tl.fma(tl.load(m + 2), ux, s)))
-
-    @triton.jit
     def _tap(i, size, coarse):
         """(lower voxel, upper voxel, weight of the upper): half-pixel centres, clamped edges, exact in integers."""
-        numerator = tl.maximum((2 * i + 1).to(tl.int64) * coarse - size, 0)
-        period = tl.full([], 2, tl.int64) * size
-        lo = numerator // period
-        rest = numerator - lo * period
-        lo = lo.to(tl.int32)
+        numerator = tl.maximum((2 * i + 1) * coarse - size, 0)  # source · 2 · size
+        lo = numerator // (2 * size)
+        rest = numerator - lo * (2 * size)
         hi = tl.where(rest > 0, tl.minimum(lo + 1, coarse - 1), lo)  # what has no weight is not read
         return lo, hi, rest.to(tl.float32) / (2.0 * size)
 
     @triton.jit
-    def _mix(u, low_z, high_z, weight_z, low_y, high_y, weight_y, h, W, mask):
+    def _between(u, row, low_x, high_x, weight_x, mask, WHOLE_ROWS: tl.constexpr):
+        """A row of the displacement, `row` elements from u, at the box's columns. Sums of 32 bits first: fewer registers."""
+        value = tl.load(u + (row + low_x), mask=mask, other=0.0)
+        if not WHOLE_ROWS:
+            value = tl.fma(weight_x, tl.load(u + (row + high_x), mask=mask, other=0.0) - value, value)
+        return value
+
+    @triton.jit
+    def _mix(u, low_z, high_z, weight_z, low_y, high_y, weight_y, low_x, high_x, weight_x, h, w, mask, WHOLE_ROWS: tl.constexpr):
         """One component of the displacement from the four rows around."""
-        a = tl.load(u + (low_z * h + low_y) * W, mask=mask, other=0.0)
-        b = tl.load(u + (low_z * h + high_y) * W, mask=mask, other=0.0)
-        c = tl.load(u + (high_z * h + low_y) * W, mask=mask, other=0.0)
-        e = tl.load(u + (high_z * h + high_y) * W, mask=mask, other=0.0)
+        a = _between(u, (low_z * h + low_y) * w, low_x, high_x, weight_x, mask, WHOLE_ROWS)
+        b = _between(u, (low_z * h + high_y) * w, low_x, high_x, weight_x, mask, WHOLE_ROWS)
+        c = _between(u, (high_z * h + low_y) * w, low_x, high_x, weight_x, mask, WHOLE_ROWS)
+        e = _between(u, (high_z * h + high_y) * w, low_x, high_x, weight_x, mask, WHOLE_ROWS)
         below = tl.fma(weight_y, b - a, a)
         above = tl.fma(weight_y, e - c, c)
         return tl.fma(weight_z, above - below, below)
@@ -187,9 +174,9 @@ if triton is not None:
         return tl.fma(upper, b, lower * a)
 
     @triton.jit
-    def _warp(image, label, maps, field, out, label_out, C, L, D, H, W, d, h, boxes_y, boxes_x,
-              HAS_LABEL: tl.constexpr, HAS_DISPLACEMENT: tl.constexpr, BORDER: tl.constexpr, VECTOR: tl.constexpr,
-              BOX_Z: tl.constexpr, BOX_Y: tl.constexpr, BOX_X: tl.constexpr):
+    def _warp(image, label, maps, field, out, label_out, C, L, D, H, W, d, h, w, boxes_y, boxes_x,
+              HAS_LABEL: tl.constexpr, HAS_DISPLACEMENT: tl.constexpr, WHOLE_ROWS: tl.constexpr, BORDER: tl.constexpr,
+              VECTOR: tl.constexpr, BOX_Z: tl.constexpr, BOX_Y: tl.constexpr, BOX_X: tl.constexpr):
         """One box of one sample. Grid (boxes, N). `maps` (N, 13): [A|t] and the sample's kind."""
         box, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
         z0 = box // (boxes_y * boxes_x) * BOX_Z
@@ -228,14 +215,21 @@ if triton is not None:
                 if kind == 2.0:
                     low_z, high_z, weight_z = _tap(tl.minimum(z0 + z, D - 1), D, d)
                     low_y, high_y, weight_y = _tap(tl.minimum(y0 + y, H - 1), H, h)
-                    coarse = tl.full([], 1, tl.int64) * d * h * width
-                    u = field + n * 3 * coarse + x0 + x
-                    uz = _mix(u, low_z, high_z, weight_z, low_y, high_y, weight_y, h, width, within)
-                    uy = _mix(u + coarse, low_z, high_z, weight_z, low_y, high_y, weight_y, h, width, within)
-                    ux = _mix(u + 2 * coarse, low_z, high_z, weight_z, low_y, high_y, weight_y, h, width, within)
-                    sz = _turned(m, uz, uy, ux, sz)
-                    sy = _turned(m + 4, uz, uy, ux, sy)
-                    sx = _turned(m + 8, uz, uy, ux, sx)
+                    if WHOLE_ROWS:
+                        low_x, high_x, weight_x = x0 + x, x0 + x, fx
+                        columns = width
+                    else:
+                        low_x, high_x, weight_x = _tap(tl.minimum(x0 + x, W - 1), W, w)
+                        columns = w
+                    coarse = tl.full([], 1, tl.int64) * d * h * columns
+                    u = field + n * 3 * coarse
+                    for i in range(3):  # a component at a time: again fewer registers
+                        component = _mix(u, low_z, high_z, weight_z, low_y, high_y, weight_y, low_x, high_x, weight_x,
+                                         h, columns, within, WHOLE_ROWS)
+                        sz = tl.fma(tl.load(m + i), component, sz)
+                        sy = tl.fma(tl.load(m + 4 + i), component, sy)
+                        sx = tl.fma(tl.load(m + 8 + i), component, sx)
+                        u += coarse
             low_z, lower_z, upper_z, near_z, inside_z = _axis(whole_z, sz, D, BORDER)
             low_y, lower_y, upper_y, near_y, inside_y = _axis(whole_y, sy, H, BORDER)
             low_x, lower_x, upper_x, near_x, inside_x = _axis(whole_x, sx, W, BORDER)
