@@ -25,6 +25,15 @@ from dropgen_fast.errors import InputError
 from dropgen_fast.prepare import main
 
 
+@pytest.fixture(scope="module", autouse=True)
+def environment() -> Iterator[None]:
+    """Dask sets OMP_NUM_THREADS and its like to 1 for its workers, in this process's environment: later tests keep theirs."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Two worker processes; a task whose worker dies twice is given up."""
