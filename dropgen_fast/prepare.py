@@ -19,7 +19,7 @@ from dropgen_fast.config import Preset, load_preset, preset_names
 from dropgen_fast.data.bricks import BRICK
 from dropgen_fast.data.cohort import Cohort, read_cohort, split_off_validation
 from dropgen_fast.data.prepare import Report, Settings, cohort_spacing_mm, prepare_cohort
-from dropgen_fast.data.store import is_store, others, read_index
+from dropgen_fast.data.store import others, read_index
 from dropgen_fast.errors import InputError
 
 
@@ -117,9 +117,10 @@ def prepare(config: PrepareConfig) -> Report:
 
 def _moved_median(store: Path, spacing_mm: tuple[float, float, float]) -> list[str]:
     """A warning where cases that were added or taken away have moved the cohort's spacing from that of the store."""
-    if not is_store(store):
+    try:
+        before = read_index(store).spacing_mm
+    except InputError:  # there is none, or one that is damaged or of another version: all is prepared anew without a question
         return []
-    before = read_index(store).spacing_mm
     if before == spacing_mm:
         return []
     was, now = (" ".join(f"{s:g}" for s in spacing) for spacing in (before, spacing_mm))

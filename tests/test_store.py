@@ -497,3 +497,14 @@ def test_a_sigterm_ends_prepare_and_its_workers(tmp_path: Path) -> None:
     assert process.wait(60) == 143
     assert not list((tmp_path / "store/cases").glob(".*"))
     assert not (tmp_path / "store/store.json").exists()
+
+
+@pytest.mark.parametrize("change", [{"format_version": 1}, {"brick": 32}])
+def test_a_store_of_another_version_or_damaged_is_prepared_again(small: Store, change: dict[str, Any]) -> None:
+    """Which is what its message tells to do; the spacing is the cohort's median here."""
+    path = small.path / "store.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match="prepare"):
+        Store.open(small.path)
+    assert again(small) == 0
+    assert Store.open(small.path).identity() == small.identity()
