@@ -1,103 +1,160 @@
-"""Settings: dataclasses, filled from defaults, then a preset, then the command line.
-
-A preset is data, one YAML file in `dropgen_fast/presets` or anywhere else: a new data set needs a file and no code.
-"""
+"""Settings of a training run, and where the value of each comes from: defaults < preset < file < command line."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from importlib import resources
+import contextlib
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-import yaml
+import tyro
 
-from dropgen_fast.data.augmentation import RECIPES, AugmentationConfig
+from dropgen_fast.data.augment import ChainName
+from dropgen_fast.data.augmentation import AugmentationConfig
+from dropgen_fast.data.store import is_store, read_index
 from dropgen_fast.errors import InputError
+from dropgen_fast.model import ModelConfig
+from dropgen_fast.presets import load_preset
 
 
 @dataclass(frozen=True)
-class Preset:
-    """What a data set asks for; the values of the DropGen paper for its own data sets (arXiv 2604.02564)."""
+class TrainConfig:
+    """Train a segmentation network on a prepared store: DropGen, or ERM to compare with."""
 
-    classes: tuple[str, ...] | None = None
-    """Class names in the order of their label values, background first; None: as the cohort says."""
-    spacing_mm: tuple[float, float, float] | None = None
-    """Voxel spacing to resample to, right-left, posterior-anterior, inferior-superior; None: the cohort's median."""
+    store: Path
+    """The prepared store (see prepare)."""
+    out: Path
+    """Folder of the run: settings, metrics, checkpoints, TensorBoard events."""
+    preset: str | None = None
+    """Name or YAML file of a preset; by default the one that the store was prepared with."""
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
+    """Method, extractor, fusion and network."""
     patch: tuple[int, int, int] | None = None
-    """Training patch in voxels; None: chosen from the prepared store."""
-    intensity_window: tuple[float, float] | None = None
-    """Intensities are clipped to (low, high) before the min-max rescaling (CT: Hounsfield units); None: no clipping."""
-    recipe: str = "dropgen"
-    """Where the augmentation's settings start from: dropgen (the paper's), nnunet, or off."""
-    augmentation: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of `AugmentationConfig` that differ from the recipe's: mirror: false where left and right are different labels."""
+    """Training patch in voxels; default the preset's."""
+    num_subjects: int | None = None
+    """Few-shot: train on this many subjects, drawn at random by the seed; default all."""
+    batch_size: int = 4
+    """Patches per process that go through the network at once."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged for one optimizer step."""
+    steps: int = 250_000
+    """Optimizer steps."""
+    learning_rate: float = 2e-4
+    """Of AdamW; falls to zero along a cosine over all steps."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate first rises linearly."""
+    weight_decay: float = 1e-5
+    """Of AdamW."""
+    clip_norm: float = 0.0
+    """Gradients of a larger norm, over all weights, are scaled down to it; 0: none are."""
+    ema_decay: float = 0.0
+    """Validate, keep and predict with a moving average of the weights that keeps this share at each step; 0: without."""
+    max_skipped: int = 20
+    """A step whose gradients are not finite changes nothing; training stops after this many in a row."""
+    loss: str = "dice_ce"
+    """dice_ce (the paper's), or package.module:Name of any loss (scores, label) such as monai.losses:DiceFocalLoss."""
+    loss_options: tuple[str, ...] = ()
+    """Keyword arguments of the loss as name=value, for example gamma=2."""
+    foreground_fraction: float = 0.0
+    """Share of the patches that are placed on a foreground voxel of a random class; the others are uniform."""
+    recipe: Literal["dropgen", "nnunet", "off"] | None = None
+    """Where the augmentation's settings start from: the paper's, nnU-Net's, or none (off); default the preset's."""
+    augmentation: Annotated[AugmentationConfig | None, tyro.conf.AvoidSubcommands] = None
+    """Probabilities and ranges of the augmentations; what is not given comes from the preset, then from the recipe."""
+    chain: ChainName = "fused"
+    """What does the intensities: one op (fused), or one DALI operator after the other (dali); the same voxels."""
+    validate_every: int = 1000
+    """Steps between validations; last.pt is written then, and best.pt where the mean Dice has risen."""
+    save_every: int = 1000
+    """Steps between checkpoints; last.pt is written then, and at every validation."""
+    log_every: int = 50
+    """Steps between records of the loss, the throughput and the share of time that is spent waiting for data."""
+    panels: int = 2
+    """Validation cases shown as pictures (image, features, label, prediction) after each validation."""
+    wandb: str | None = None
+    """Weights & Biases project that is to get the numbers too; needs the package wandb."""
+    seed: int = 0
+    """Of the weights, the crops, the augmentations and the dropout."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:<n>."""
+    loader_threads: int = 2
+    """CPU threads of the data pipeline."""
+    compile: bool | None = None
+    """Compile network and loss with torch.compile; default: on a GPU."""
+    cuda_graph: bool = False
+    """Capture the whole step, extractor and fusion too, as one CUDA graph; needs a GPU and a single process."""
+    sync_batchnorm: bool = False
+    """Let BatchNorm see the patches of all processes, on GPUs; without it each process normalizes its own."""
+    resume: bool = False
+    """Go on with the run in --out from its last checkpoint; starts it where there is none."""
 
-    def augmentation_config(self, patch: Sequence[int] | None = None, recipe: str | None = None) -> AugmentationConfig:
-        """The augmentation that the data set asks for, for a patch (D, H, W); `recipe` takes the place of the preset's own."""
-        return AugmentationConfig.named(recipe or self.recipe, patch).changed(self.augmentation, "augmentation")
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "steps", "max_skipped", "validate_every", "save_every", "log_every",
+                     "loader_threads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise InputError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise InputError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if not (math.isfinite(self.clip_norm) and self.clip_norm >= 0):
+            raise InputError(f"clip_norm must not be negative, got {self.clip_norm}")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.num_subjects is not None and self.num_subjects < 1:
+            raise InputError(f"num_subjects must be at least 1, got {self.num_subjects}")
+        if self.panels < 0:
+            raise InputError(f"panels must not be negative, got {self.panels}")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise InputError(f"warmup_steps must be at least 0 and less than steps = {self.steps}, got {self.warmup_steps}")
+        if self.model.fusion.p_ramp_steps > self.steps:
+            raise InputError(f"fusion.p_ramp_steps must be at most steps = {self.steps}, got {self.model.fusion.p_ramp_steps}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed}")
+        if not 0 <= self.foreground_fraction <= 1:
+            raise InputError(f"foreground_fraction must be in [0, 1], got {self.foreground_fraction}")
 
 
-def preset_names() -> list[str]:
-    """Names of the presets that come with the package."""
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files("dropgen_fast.presets").iterdir()
-                  if p.name.endswith(".yaml"))
+FREE = ("store", "preset", "device", "save_every", "log_every", "panels", "wandb", "loader_threads", "model.extractor_weights")
+"""Settings that a resumed run may change: store and weights are known by their content, the others decide no number but by
+rounding."""
 
 
-def load_preset(name: str | None) -> Preset:
-    """The preset of that name, or of that YAML file; None gives the defaults.
+@dataclass(frozen=True)
+class Basis:
+    """What decides the defaults of the other settings."""
+
+    store: Path | None = None
+    preset: str | None = None
+    recipe: Literal["dropgen", "nnunet", "off"] | None = None
+    patch: tuple[int, int, int] | None = None
+
+
+def _defaults(argv: Sequence[str]) -> TrainConfig:
+    """The settings that hold where the command line says nothing: those of the preset that it, or else the store, names.
 
     Raises:
-        InputError: no such preset or file, a key that a preset does not have, or a value of the wrong kind.
+        InputError: there is no such preset.
     """
-    if name is None:
-        return Preset()
-    if name.endswith((".yaml", ".yml")):
-        if not Path(name).is_file():
-            raise InputError(f"preset file {name} does not exist")
-        try:
-            text = Path(name).read_text()
-        except UnicodeDecodeError as error:
-            raise InputError(f"preset file {name} is no text file") from error
-    elif name in preset_names():
-        text = (resources.files("dropgen_fast.presets") / f"{name}.yaml").read_text()
-    else:
-        raise InputError(f"no preset {name!r}; there are {', '.join(preset_names())}, or give a .yaml file")
+    plainly = [word for word in argv if word not in ("-h", "--help")]
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"preset {name} is not readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"preset {name} must be a mapping of settings, got {type(values).__name__}")
-    known = {f.name for f in fields(Preset)}
-    if unknown := sorted(set(map(str, values)) - known):
-        raise InputError(f"preset {name} has unknown settings {unknown}; a preset has {sorted(known)}")
-    if values.get("recipe") is False:
-        values["recipe"] = "off"  # which YAML takes for false
-    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    preset = Preset(**settings)
-    _check_preset(name, preset)
-    return preset
+        with contextlib.redirect_stderr(io.StringIO()):
+            basis, _ = tyro.cli(Basis, args=plainly, return_unknown_args=True)
+    except SystemExit:  # one of the four is wrong: the whole command line is told about it
+        basis = Basis()
+    name = basis.preset
+    if name is None and basis.store is not None and is_store(basis.store):
+        name = read_index(basis.store).preset
+    preset = load_preset(name)
+    return TrainConfig(store=tyro.MISSING, out=tyro.MISSING,
+                       augmentation=preset.augmentation_config(basis.patch or preset.patch, basis.recipe))
 
 
-def _check_preset(name: str, preset: Preset) -> None:
-    def numbers(value: object, count: int, positive: bool) -> bool:
-        return (isinstance(value, tuple) and len(value) == count
-                and all(isinstance(v, (int, float)) and not isinstance(v, bool) and (v > 0 or not positive) for v in value))
+def parse(argv: Sequence[str]) -> TrainConfig:
+    """The settings of a command line."""
+    return tyro.cli(TrainConfig, args=argv, prog="dropgen-fast train", default=_defaults(argv))
 
-    if preset.spacing_mm is not None and not numbers(preset.spacing_mm, 3, True):
-        raise InputError(f"preset {name}: spacing_mm must be three positive numbers, got {preset.spacing_mm}")
-    if preset.patch is not None and not (numbers(preset.patch, 3, True) and all(isinstance(v, int) for v in preset.patch)):
-        raise InputError(f"preset {name}: patch must be three positive whole numbers, got {preset.patch}")
-    if preset.intensity_window is not None and not (
-            numbers(preset.intensity_window, 2, False) and preset.intensity_window[0] < preset.intensity_window[1]):
-        raise InputError(f"preset {name}: intensity_window must be two numbers, low < high, got {preset.intensity_window}")
-    if preset.classes is not None and not (isinstance(preset.classes, tuple) and len(preset.classes) >= 2
-                                           and all(isinstance(c, str) for c in preset.classes)):
-        raise InputError(f"preset {name}: classes must be at least two names, background first, got {preset.classes}")
-    if preset.recipe not in RECIPES:
-        raise InputError(f"preset {name}: recipe must be one of {', '.join(RECIPES)}, got {preset.recipe!r}")
-    if not isinstance(preset.augmentation, dict):
-        raise InputError(f"preset {name}: augmentation must be a mapping of settings, got {preset.augmentation!r}")
-    AugmentationConfig.named(preset.recipe).changed(preset.augmentation, f"preset {name}: augmentation")
+

@@ -39,12 +39,12 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from dropgen_fast.cli import run
-from dropgen_fast.config import load_preset
 from dropgen_fast.data.cohort import class_names
 from dropgen_fast.data.geometry import Grid, largest_offset_mm, load_volume
 from dropgen_fast.data.prepare import MAX_OFFSET_VOXELS, WHOLE
 from dropgen_fast.errors import InputError
 from dropgen_fast.files import write_atomically
+from dropgen_fast.presets import load_preset
 
 PER_CASE = "per_case.csv"
 SUMMARY = "summary.json"

@@ -42,21 +42,25 @@ class DropGen(nn.Module):
         self.extractor = extractor
         self.fusion = fusion if fusion is not None else StreamFusion(image_norm="none")
 
-    def fused(self, image: Tensor, keep: Tensor | None = None) -> Tensor:
-        """The network's input: image (N, Ci, D, H, W) in [0, 1] → (N, C, D, H, W). No gradient flows through it."""
+    def fused(self, image: Tensor, keep: Tensor | None = None, *, features: Tensor | None = None) -> Tensor:
+        """The network's input: image (N, Ci, D, H, W) in [0, 1] → (N, C, D, H, W). No gradient flows through it.
+
+        `features` (N, Cf, d, h, w), where they are at hand, take the place of the extractor's.
+        """
         with torch.no_grad():
-            features = self.extractor(image) if self.extractor is not None else None
+            if features is None and self.extractor is not None:
+                features = self.extractor(image)
             fused: Tensor = self.fusion(image, features, keep)
         return fused
 
-    def forward(self, image: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(self, image: Tensor, keep: Tensor | None = None, *, features: Tensor | None = None) -> Tensor:
         """Class scores (N, classes, D, H, W) of an image (N, Ci, D, H, W) in [0, 1]; `keep` fixes the draw.
 
         A fusion that gives bfloat16 runs the network under bfloat16 autocast, whose weights stay float32.
         """
         half = self.fusion.dtype == torch.bfloat16
         with torch.autocast(image.device.type, torch.bfloat16) if half else contextlib.nullcontext():
-            scores: Tensor = self.network(self.fused(image, keep))
+            scores: Tensor = self.network(self.fused(image, keep, features=features))
         return scores
 
 

@@ -15,12 +15,12 @@ from typing import Literal
 import tyro
 
 from dropgen_fast.cli import run
-from dropgen_fast.config import Preset, load_preset, preset_names
 from dropgen_fast.data.bricks import BRICK
 from dropgen_fast.data.cohort import Cohort, read_cohort, split_off_validation
 from dropgen_fast.data.prepare import Report, Settings, cohort_spacing_mm, prepare_cohort
 from dropgen_fast.data.store import others, read_index
 from dropgen_fast.errors import InputError
+from dropgen_fast.presets import Preset, load_preset, preset_names
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import math
 import re
 import signal
@@ -12,94 +11,23 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from monai.losses import DiceCELoss
 from tqdm import tqdm
 
 from dropgen_fast import checkpoint
 from dropgen_fast.cli import run
-from dropgen_fast.config import load_preset
-from dropgen_fast.data.augment import ChainName
-from dropgen_fast.data.augmentation import AugmentationConfig
+from dropgen_fast.config import FREE, TrainConfig, parse
 from dropgen_fast.data.pipeline import Batch, TrainingPipeline
-from dropgen_fast.data.store import Store, is_store, read_index, slow_disk
+from dropgen_fast.data.store import Store, slow_disk
 from dropgen_fast.errors import InputError
 from dropgen_fast.inference import choose_device, class_probabilities, dice_per_class
-from dropgen_fast.model import ModelConfig, build_model, check_extractor, extractor_identity
+from dropgen_fast.model import build_model, check_extractor, extractor_identity
+from dropgen_fast.presets import load_preset
 from dropgen_fast.run import RunFolder, plain
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Train a segmentation network on a prepared store: DropGen, or ERM to compare with."""
-
-    store: Path
-    """The prepared store (see prepare)."""
-    out: Path
-    """Folder of the run: settings, metrics, checkpoints, TensorBoard events."""
-    preset: str | None = None
-    """Name or YAML file of a preset; by default the one that the store was prepared with."""
-    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
-    """Method, extractor, fusion and network."""
-    patch: tuple[int, int, int] | None = None
-    """Training patch in voxels; default the preset's."""
-    batch_size: int = 4
-    """Patches per step."""
-    steps: int = 250_000
-    """Optimizer steps."""
-    learning_rate: float = 2e-4
-    """Of AdamW; falls to zero along a cosine over all steps."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate first rises linearly."""
-    weight_decay: float = 1e-5
-    """Of AdamW."""
-    foreground_fraction: float = 0.0
-    """Share of the patches that are placed on a foreground voxel of a random class; the others are uniform."""
-    recipe: Literal["dropgen", "nnunet", "off"] | None = None
-    """Where the augmentation's settings start from: the paper's, nnU-Net's, or none (off); default the preset's."""
-    augmentation: Annotated[AugmentationConfig | None, tyro.conf.AvoidSubcommands] = None
-    """Probabilities and ranges of the augmentations; what is not given comes from the preset, then from the recipe."""
-    chain: ChainName = "fused"
-    """What does the intensities: one op (fused), or one DALI operator after the other (dali); the same voxels."""
-    validate_every: int = 1000
-    """Steps between validations; last.pt is written then, and best.pt where the mean Dice has risen."""
-    log_every: int = 50
-    """Steps between records of the loss."""
-    seed: int = 0
-    """Of the weights, the crops, the augmentations and the dropout."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:<n>."""
-    loader_threads: int = 2
-    """CPU threads of the data pipeline."""
-    resume: bool = False
-    """Go on with the run in --out from its last checkpoint; starts it where there is none."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "validate_every", "log_every", "loader_threads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise InputError(f"learning_rate must be positive, got {self.learning_rate}")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise InputError(f"weight_decay must not be negative, got {self.weight_decay}")
-        if not 0 <= self.warmup_steps < self.steps:
-            raise InputError(f"warmup_steps must be at least 0 and less than steps = {self.steps}, got {self.warmup_steps}")
-        if self.model.fusion.p_ramp_steps > self.steps:
-            raise InputError(f"fusion.p_ramp_steps must be at most steps = {self.steps}, got {self.model.fusion.p_ramp_steps}")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed}")
-        if not 0 <= self.foreground_fraction <= 1:
-            raise InputError(f"foreground_fraction must be in [0, 1], got {self.foreground_fraction}")
-
-
-FREE = ("store", "preset", "device", "log_every", "loader_threads", "model.extractor_weights")
-"""Settings that a resumed run may change: store and weights are known by their content, the others decide no number but by
-rounding."""
 
 
 class Trainer:
@@ -299,41 +227,6 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for which, handler in before.items():
             signal.signal(which, handler)
-
-
-@dataclass(frozen=True)
-class Basis:
-    """What decides the defaults of the other settings."""
-
-    store: Path | None = None
-    preset: str | None = None
-    recipe: Literal["dropgen", "nnunet", "off"] | None = None
-    patch: tuple[int, int, int] | None = None
-
-
-def _defaults(argv: Sequence[str]) -> TrainConfig:
-    """The settings that hold where the command line says nothing: those of the preset that it, or else the store, names.
-
-    Raises:
-        InputError: there is no such preset.
-    """
-    plainly = [word for word in argv if word not in ("-h", "--help")]
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            basis, _ = tyro.cli(Basis, args=plainly, return_unknown_args=True)
-    except SystemExit:  # one of the four is wrong: the whole command line is told about it
-        basis = Basis()
-    name = basis.preset
-    if name is None and basis.store is not None and is_store(basis.store):
-        name = read_index(basis.store).preset
-    preset = load_preset(name)
-    return TrainConfig(store=tyro.MISSING, out=tyro.MISSING,
-                       augmentation=preset.augmentation_config(basis.patch or preset.patch, basis.recipe))
-
-
-def parse(argv: Sequence[str]) -> TrainConfig:
-    """The settings of a command line."""
-    return tyro.cli(TrainConfig, args=argv, prog="dropgen-fast train", default=_defaults(argv))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from dropgen_fast import cli
-from dropgen_fast.config import load_preset, preset_names
 from dropgen_fast.data.augmentation import AugmentationConfig
 from dropgen_fast.errors import InputError
+from dropgen_fast.presets import load_preset, preset_names
 
 # The table of the method: classes, spacing in mm, patch, window, whether mirroring is allowed.
 TABLE = {
