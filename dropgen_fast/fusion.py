@@ -18,6 +18,8 @@ class StreamFusion(nn.Module):
         p: a rate or a pair, constant; or a `RateSchedule`, whose rates the training's steps set (`set_step`). Then the rates
             live in a tensor on the module's device, so that a compiled module is not compiled anew and a captured graph
             replays with the rates of its step. A schedule of one knot is a p that `set_rates` may change.
+        use_image: False fills the image's channels with zeros, in evaluation too, so that the features alone are seen by a
+            network that is otherwise the same; p must be 0. The image itself is not read.
     """
 
     rate_bits: Tensor | None
@@ -28,6 +30,7 @@ class StreamFusion(nn.Module):
         *,
         mode: str = "channel",
         at_least_one: bool = False,
+        use_image: bool = True,
         image_norm: ImageNorm = "minmax",
         feature_norm: str = "instance",
         eps: float = 1e-5,
@@ -40,6 +43,7 @@ class StreamFusion(nn.Module):
         self.p = p
         self.mode = mode
         self.at_least_one = at_least_one
+        self.use_image = use_image
         self.image_norm = image_norm
         self.feature_norm = feature_norm
         self.eps = eps
@@ -54,6 +58,8 @@ class StreamFusion(nn.Module):
             check_rates(p, mode)
         elif p.mode != mode:
             raise ValueError(f"p must be a schedule for mode {mode!r}, got one for {p.mode!r}")
+        if not use_image and (isinstance(p, RateSchedule) or check_rates(p, mode) != (0.0, 0.0)):
+            raise ValueError(f"p must be 0 where use_image is False, got {p!r}")
         self.set_step(0)
 
     @property
@@ -79,9 +85,19 @@ class StreamFusion(nn.Module):
             self.set_rates(self.p(step))
 
     def forward(self, image: Tensor, features: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """Image (N, Ci, D, H, W) and features (N, Cf, d, h, w) to the network's input (N, C, D, H, W)."""
+        """Image (N, Ci, D, H, W) and features (N, Cf, d, h, w) to the network's input (N, C, D, H, W).
+
+        Raises:
+            ValueError: an argument that `fuse_streams` refuses, or no features where the image is not used.
+        """
+        training = self.training
+        if not self.use_image:
+            if features is None:
+                raise ValueError("features must be given where use_image is False")
+            # A draw that is fixed is obeyed in training only.
+            keep, training = _without_image(image, features, keep if training else None), True
         return fuse_streams(
-            image, features, p=self.p if self.rates is None else self.rates, training=self.training, mode=self.mode, keep=keep,
+            image, features, p=self.p if self.rates is None else self.rates, training=training, mode=self.mode, keep=keep,
             at_least_one=self.at_least_one, image_norm=self.image_norm, feature_norm=self.feature_norm, eps=self.eps,
             dtype=self.dtype,
             memory_format=torch.channels_last_3d if self.channels_last else torch.contiguous_format,
@@ -90,5 +106,14 @@ class StreamFusion(nn.Module):
 
     def extra_repr(self) -> str:
         """What was set."""
-        return (f"p={self.p}, mode={self.mode}, at_least_one={self.at_least_one}, image_norm={self.image_norm}, "
-                f"feature_norm={self.feature_norm}, channel_multiple={self.channel_multiple}, backend={self.backend}")
+        return (f"p={self.p}, mode={self.mode}, at_least_one={self.at_least_one}, use_image={self.use_image}, "
+                f"image_norm={self.image_norm}, feature_norm={self.feature_norm}, channel_multiple={self.channel_multiple}, "
+                f"backend={self.backend}")
+
+
+def _without_image(image: Tensor, features: Tensor, keep: Tensor | None) -> Tensor:
+    """The draw (N, Ci + Cf) bool that drops the image and, of the features, what `keep` does."""
+    shape = (image.shape[0], image.shape[1] + features.shape[1])
+    kept = torch.ones(shape, dtype=torch.bool, device=image.device) if keep is None else keep.clone()
+    kept[:, :image.shape[1]] = False
+    return kept

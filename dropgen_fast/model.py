@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from dropgen_fast.errors import InputError
 from dropgen_fast.features import FrozenExtractor, load_extractor
 from dropgen_fast.fusion import StreamFusion
 from dropgen_fast.kernels.fuse_streams import Rate, RateSchedule
-from dropgen_fast.networks import build_network
+from dropgen_fast.networks import build_network, heads, keyword_options
+
+Method = Literal["dropgen", "erm", "features", "no-dropout", "stream-dropout"]
+MODES = {"dropgen": "channel", "stream-dropout": "stream"}
+"""What `fuse_streams` drops under the methods that drop something."""
 
 
 class DropGen(nn.Module):
@@ -53,25 +54,27 @@ class DropGen(nn.Module):
             fused: Tensor = self.fusion(image, features, keep)
         return fused
 
-    def forward(self, image: Tensor, keep: Tensor | None = None, *, features: Tensor | None = None) -> Tensor:
+    def forward(self, image: Tensor, keep: Tensor | None = None, *, features: Tensor | None = None) -> Any:
         """Class scores (N, classes, D, H, W) of an image (N, Ci, D, H, W) in [0, 1]; `keep` fixes the draw.
+
+        In training mode what the network gives, which with deep supervision is several predictions (see `networks.heads`); in
+        evaluation mode the finest of them.
 
         A fusion that gives bfloat16 runs the network under bfloat16 autocast, whose weights stay float32.
         """
         half = self.fusion.dtype == torch.bfloat16
         with torch.autocast(image.device.type, torch.bfloat16) if half else contextlib.nullcontext():
-            scores: Tensor = self.network(self.fused(image, keep, features=features))
-        return scores
+            scores: Any = self.network(self.fused(image, keep, features=features))
+        return scores if self.training else heads(scores)[0]
 
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """How channels are dropped; see `fuse_streams`."""
+    """How channels are dropped; see `fuse_streams`. Only the methods dropgen and stream-dropout drop any."""
 
-    mode: Literal["channel", "stream"] = "channel"
-    """channel: the paper's, every channel on its own. stream: a sample's whole image, or the whole of its features."""
     p: tuple[float, ...] = (0.75,)
-    """Drop rate; two numbers are the rate of the image and that of the features."""
+    """Drop rate of the methods that drop; the others take no notice of it, so that the method can be changed alone. Two numbers
+    are the rate of the image and that of the features; one is that of both (dropgen) or of the image (stream-dropout)."""
     p_start: tuple[float, ...] = (0.0,)
     """Drop rate at the first step where p-ramp-steps is given; one number or two, as p."""
     p_ramp_steps: int = 0
@@ -88,18 +91,20 @@ class FusionConfig:
         if self.p_ramp_steps == 0 and any(self.p_start):
             raise InputError(f"fusion.p_start {self.p_start} needs fusion.p_ramp_steps, the steps that it takes to fusion.p")
 
-    def rates(self) -> Rate | RateSchedule:
-        """The p of `StreamFusion`; raises ValueError where it is out of range."""
+    def rates(self, mode: str) -> Rate | RateSchedule:
+        """The p of `StreamFusion` in a mode, "channel" or "stream"; raises ValueError where it is out of range."""
         start, p = (v[0] if len(v) == 1 else (v[0], v[1]) for v in (self.p_start, self.p))
-        return RateSchedule([(0, start), (self.p_ramp_steps, p)], self.mode) if self.p_ramp_steps else p
+        return RateSchedule([(0, start), (self.p_ramp_steps, p)], mode) if self.p_ramp_steps else p
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model: the method, the extractor, the fusion and the network."""
 
-    method: Literal["dropgen", "erm"] = "dropgen"
-    """dropgen: image and features. erm: the same recipe with the image alone, to compare with."""
+    method: Method = "dropgen"
+    """dropgen: image and features, each channel dropped on its own (the paper's). erm: the same recipe with the image alone, to
+    compare with. Ablations: features (alone; the image's channels are zeros), no-dropout (image and features, nothing dropped),
+    stream-dropout (of a sample the whole image or the whole of its features is dropped)."""
     extractor: str = "mind"
     """mind (embedded, needs no weights), anatomix, or package.module:factory."""
     extractor_weights: Path | None = None
@@ -112,30 +117,58 @@ class ModelConfig:
     """unet (the paper's), or package.module:Name of any network."""
     network_options: tuple[str, ...] = ()
     """Keyword arguments of the network as name=value, for example base_channels=8 downsamplings=3."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time, the same numbers."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the network: bfloat16 autocast or float32."""
 
+    @classmethod
+    def from_plain(cls, saved: dict[str, Any], extractor_weights: Path | None = None) -> ModelConfig:
+        """The configuration that a checkpoint holds as plain values; `extractor_weights`, where given, take the place of its own.
 
-def build_model(config: ModelConfig, *, image_channels: int, classes: int, patch: tuple[int, int, int]) -> DropGen:
+        Raises:
+            InputError: settings that this version does not have.
+        """
+        def typed(values: dict[str, Any]) -> dict[str, Any]:
+            return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+        try:
+            weights = extractor_weights or (Path(saved["extractor_weights"]) if saved["extractor_weights"] else None)
+            return cls(**{**typed(saved), "fusion": FusionConfig(**typed(saved["fusion"])), "extractor_weights": weights})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"the model's settings are another version's ({error}): use that version, or train again") from error
+
+
+def build_model(
+    config: ModelConfig, *, image_channels: int, classes: int, patch: tuple[int, int, int], batch_size: int = 2,
+) -> DropGen:
     """The model that a configuration describes, on the CPU, with fresh weights drawn from torch's generator.
 
+    Args:
+        config: method, extractor, fusion and network.
+        image_channels, classes: of the data; the background is a class.
+        patch: (D, H, W) in voxels.
+        batch_size: patches at once in training, which the network is tried on.
+
     Raises:
-        InputError: an extractor or network that cannot be had, or a patch that the network cannot take.
+        InputError: an extractor or network that cannot be had, or a patch or batch that the network cannot take.
     """
     extractor = None
-    if config.method == "dropgen":
+    if config.method != "erm":
         extractor = load_extractor(config.extractor, stride=config.extractor_stride, weights=config.extractor_weights)
         extractor.check_patch(patch)
+    mode = MODES.get(config.method)
     try:
         fusion = StreamFusion(
-            config.fusion.rates() if config.method == "dropgen" else 0.0, mode=config.fusion.mode,
-            at_least_one=config.fusion.at_least_one, image_norm="none", memory_format=torch.channels_last_3d,
-            dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
+            config.fusion.rates(mode) if mode is not None else 0.0, mode=mode or "channel",
+            at_least_one=config.fusion.at_least_one, use_image=config.method != "features", image_norm="none",
+            memory_format=torch.channels_last_3d, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
     except ValueError as error:
         raise InputError(f"fusion: {error}") from error
     feature_channels = extractor.channels * image_channels if extractor is not None else 0
     network = build_network(config.network, image_channels + feature_channels, classes, patch,
-                            network_options(config.network_options))
+                            keyword_options(config.network_options, "network_options"), batch_size=batch_size,
+                            activation_checkpointing=config.activation_checkpointing)
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stubs lack this form
     return DropGen(network, extractor, fusion)
 
@@ -150,21 +183,3 @@ def check_extractor(checkpoint: Path, trained_with: dict[str, Any] | None, model
     if trained_with != extractor_identity(model):
         raise InputError(f"{checkpoint} was trained with extractor {trained_with}, got {extractor_identity(model)}; "
                          "give the same extractor and weights")
-
-
-EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
-"""1e-5 and the like, which YAML 1.1 takes for a string."""
-
-
-def network_options(options: tuple[str, ...]) -> Mapping[str, Any]:
-    """``("base_channels=8", "strides=[1, 2]")`` as keyword arguments; values are read as YAML."""
-    result = {}
-    for option in options:
-        name, equals, value = option.partition("=")
-        if not equals or not name.isidentifier():
-            raise InputError(f"network_options are name=value, got {option!r}")
-        try:
-            result[name] = float(value) if EXPONENT.fullmatch(value) else yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"network_options: {option!r} is not readable: {' '.join(str(error).split())}") from error
-    return result

@@ -306,7 +306,7 @@ def test_both_methods_get_the_same_but_for_the_method():
     config = run.DemoConfig(out=Path("d"), steps=80, seed=5, p=(0.5,), mode="channel", device="cpu")
     by_name = {stage.name: list(stage.arguments) for stage in run.stages(config)}
     erm, dropgen = by_name["train erm"], by_name["train dropgen"]
-    extra = ["--extractor", "mind", "--fusion.mode", "channel", "--fusion.p", "0.5"]
+    extra = ["--extractor", "mind", "--fusion.p", "0.5"]
     at = dropgen.index("--extractor")
     assert dropgen[at:at + len(extra)] == extra
     del dropgen[at:at + len(extra)]
@@ -315,6 +315,15 @@ def test_both_methods_get_the_same_but_for_the_method():
         assert arguments[arguments.index("--device") + 1] == "cpu"
     assert erm[erm.index("--steps") + 1] == "80"
     assert erm[erm.index("--seed") + 1] == "5"
+
+
+@pytest.mark.parametrize(("mode", "method"), [("stream", "stream-dropout"), ("channel", "dropgen")])
+def test_the_kind_of_dropout_is_a_method(mode, method):
+    config = run.DemoConfig(out=Path("d"), p=(0.5, 0.25), mode=mode)
+    found = next(list(stage.arguments) for stage in run.stages(config) if stage.name == "train dropgen")
+    assert found[found.index("--method") + 1] == method
+    at = found.index("--fusion.p")
+    assert found[at + 1:at + 4] == ["0.5", "0.25", "--patch"]
 
 
 def test_a_real_command_is_printed_and_its_status_told(capfd):

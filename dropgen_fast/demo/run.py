@@ -126,7 +126,7 @@ def stages(config: DemoConfig) -> list[Stage]:
               "--network-options", "base_channels=8", "downsamplings=3", *AUGMENTATION,
               "--validate-every", str(max(1, steps // VALIDATIONS)), "--log-every", str(max(1, steps // LOGGED_LOSSES)), *device)
     methods = {"erm": ("--method", "erm"),
-               "dropgen": ("--method", "dropgen", "--extractor", "mind", "--fusion.mode", config.mode,
+               "dropgen": ("--method", "stream-dropout" if config.mode == "stream" else "dropgen", "--extractor", "mind",
                            "--fusion.p", *(f"{rate:g}" for rate in config.p))}
     result = [Stage("prepare", ("dropgen_fast.prepare", "--source", str(out / "cohort"), "--store", str(out / "store"),
                                 "--spacing-mm", *[f"{SPACING_MM:g}"] * 3))]
