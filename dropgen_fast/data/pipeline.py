@@ -35,7 +35,7 @@ class TrainingPipeline(Iterator[Batch]):
     """An endless iterator of training batches.
 
     Cases are reshuffled every epoch; a batch may span two epochs. With several ranks each reads its own share of the cases,
-    and the shares move on by one rank every epoch. A batch may be DALI's own memory (nothing is copied), which DALI does not use
+    and the shares move on by one rank every epoch; with fewer cases than ranks, each reads all, in an order of its own. A batch may be DALI's own memory (nothing is copied), which DALI does not use
     again while a tensor of the batch is alive.
 
     Args:
@@ -64,7 +64,7 @@ class TrainingPipeline(Iterator[Batch]):
                  case_ids: Sequence[str] | None = None, restore: bytes | None = None) -> None:
         augmentation = augmentation or AugmentationConfig()
         _check(patch, batch_size, foreground_fraction, num_threads, rank, world_size)
-        cases = _select(store, split, case_ids, world_size)
+        cases = _select(store, split, case_ids)
         self.cases_per_epoch = len(cases)
         self._device = device
         self._case_of = {str(case.foreground): case.id for case in cases}
@@ -76,10 +76,13 @@ class TrainingPipeline(Iterator[Batch]):
         self._identity = json.loads(json.dumps(self._identity))  # tuples become lists, as they do in a state
         channels = len(store.channels)
         self._augmenter = Augmenter(augmentation, patch, channels, batch_size, chain, device, num_threads)
+        # With fewer cases than ranks every rank reads all of them.
+        order = _seed("order", seed) if len(cases) >= world_size else _seed("order", seed, rank)
+        shard, shards = (rank, world_size) if len(cases) >= world_size else (0, 1)
         self._pipeline = _training_graph()(
             volumes=[str(c.volume) for c in cases], foregrounds=[str(c.foreground) for c in cases], layout=cases[0].layout,
             patch=tuple(patch), augmentation=augmentation, uniforms=uniforms_per_sample(channels),
-            foreground_fraction=foreground_fraction, reader_seed=_seed("order", seed), rank=rank, world_size=world_size,
+            foreground_fraction=foreground_fraction, reader_seed=order, rank=shard, world_size=shards,
             gpu=device is not None, batch_size=batch_size, num_threads=num_threads, device_id=device,
             seed=_seed("draws", seed, rank), checkpoint=self._checkpoint(restore))
         try:
@@ -155,7 +158,7 @@ def _check(patch: Sequence[int], batch_size: int, foreground_fraction: float, nu
         raise InputError(f"rank must be between 0 and world_size - 1 = {world_size - 1}, got {rank}")
 
 
-def _select(store: Store, split: str, case_ids: Sequence[str] | None, world_size: int) -> list[StoredCase]:
+def _select(store: Store, split: str, case_ids: Sequence[str] | None) -> list[StoredCase]:
     cases = {case.id: case for case in store.cases(split)}
     if not cases:
         raise InputError(f"{store.path} has no {split} cases: prepare a cohort with a {split} split")
@@ -165,8 +168,6 @@ def _select(store: Store, split: str, case_ids: Sequence[str] | None, world_size
         cases = {case_id: cases[case_id] for case_id in sorted(set(case_ids))}
     if unlabelled := [case.id for case in cases.values() if case.label_source is None]:
         raise InputError(f"{split} case {unlabelled[0]!r} of {store.path} has no label")
-    if len(cases) < world_size:
-        raise InputError(f"{len(cases)} {split} cases cannot be shared by {world_size} ranks: use at most {len(cases)}")
     return list(cases.values())
 
 
