@@ -1,18 +1,27 @@
-"""Scores against values worked out by hand, and what happens to pairs that cannot be scored."""
+"""Scores against values worked out by hand and by other means, and what happens to pairs that cannot be scored."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
+import itertools
 import json
+import warnings
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from monai.metrics import compute_surface_dice
+from scipy import ndimage
+from scipy.spatial.distance import cdist
 
 from dropgen_fast.cli import run
 from dropgen_fast.errors import InputError
 from dropgen_fast.evaluate import evaluate, main, mean_foreground_dice, read_scores, resolve_classes
+from dropgen_fast.scoring import cohort
+from dropgen_fast.scoring.surfaces import hd95_mm, surface_dice, surfaces
 
 SHAPE = (12, 9, 7)
 SPACING_MM = (1.0, 2.0, 3.0)
@@ -121,6 +130,11 @@ def test_absent_classes(folders):
              for case in found.cases}
     assert cells == {"both": (1.0, 0.0, False), "neither": (None, None, False),
                      "only_label": (0.0, None, True), "only_predicted": (0.0, None, True)}
+    rest = {case: (s.surface_dice, s.volume_error_ml, s.relative_volume_error)
+            for case in found.cases for s in [only(found, case, 2)]}
+    ml = pytest.approx(0.006)  # a voxel of 1 × 2 × 3 mm
+    assert rest == {"both": (1.0, 0.0, 0.0), "neither": (None, None, None), "only_label": (0.0, pytest.approx(-0.006), -1.0),
+                    "only_predicted": (0.0, ml, None)}
     y, z = (found.summary()["per_class"][name] for name in "yz")
     assert y["dice"]["count"] == 3
     assert y["dice"]["mean"] == pytest.approx(1 / 3)
@@ -142,6 +156,194 @@ def test_values_found_stand_in_for_names(folders):
     assert only(found, "b", 7).dice == 0
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_values_beyond_a_byte(folders, dtype):
+    predictions, labels, _ = folders
+    save(labels / "a.nii.gz", volume((1, slice(0, 4), 1, 1)).astype(np.uint16) * 300, dtype=dtype)
+    save(predictions / "a.nii.gz", volume((1, slice(0, 3), 1, 1)).astype(np.uint16) * 300, dtype=dtype)
+    save(labels / "b.nii.gz", volume((44, 1, 1, 1)))  # 300 modulo 256, and a byte beside two
+    save(predictions / "b.nii.gz", volume((1, 1, 1, 1)).astype(np.uint16) * 300, dtype=dtype)
+    found = evaluate(predictions, labels)
+    assert found.classes == {44: "class_44", 300: "class_300"}
+    assert only(found, "a", 300).dice == pytest.approx(2 * 3 / (4 + 3))
+    assert (only(found, "b", 44).dice, only(found, "b", 300).dice) == (0, 0)
+
+
+# ---- surfaces, by other means -----------------------------------------------------------------------------------------
+
+ANISOTROPIC_MM = (0.7, 1.3, 2.9)
+
+
+def blobs(seed, shape=(23, 19, 14), classes=3):
+    """Label map of smooth regions that touch each other and the border, with holes and stray voxels."""
+    rng = np.random.default_rng(seed)
+    fields = ndimage.gaussian_filter(rng.standard_normal((classes + 1, *shape)), (0, 2, 2, 1.5))
+    fields[1:] += 0.02 * rng.standard_normal((classes, *shape))
+    return fields.argmax(0).astype(np.uint8)
+
+
+def shifted(labels, seed):
+    """A prediction that is off by a voxel here and by other classes there."""
+    other = blobs(seed + 100, labels.shape)
+    return np.where(np.random.default_rng(seed).random(labels.shape) < 0.05, other, np.roll(labels, 1, seed % 3))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_hd95_equals_distance_transforms(seed):
+    label = blobs(seed)
+    predicted = shifted(label, seed)
+    mine = surfaces(predicted, ANISOTROPIC_MM), surfaces(label, ANISOTROPIC_MM)
+    for value in (1, 2, 3):
+        masks = [np.pad(m == value, 1) for m in (predicted, label)]
+        a, b = (mask & ~ndimage.binary_erosion(mask) for mask in masks)
+        to_a, to_b = (ndimage.distance_transform_edt(~edge, sampling=ANISOTROPIC_MM) for edge in (a, b))
+        expected = max(np.percentile(to_b[a], 95), np.percentile(to_a[b], 95))
+        assert expected > 0
+        assert hd95_mm(mine[0][value], mine[1][value]) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_surface_dice_equals_monai(seed):
+    # MONAI sums some thousand float32 areas in a tree: about 12 roundings of 6e-8. No distance on this grid is 1.5 mm.
+    label = blobs(seed)
+    predicted = shifted(label, seed)
+    mine = surfaces(predicted, ANISOTROPIC_MM), surfaces(label, ANISOTROPIC_MM)
+    for value in (1, 2, 3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = compute_surface_dice(*(torch.from_numpy(m == value)[None, None] for m in (predicted, label)), [1.5],
+                                            include_background=True, spacing=ANISOTROPIC_MM, use_subvoxels=True)
+        assert 0.1 < float(expected) < 0.99
+        assert surface_dice(mine[0][value], mine[1][value], 1.5) == pytest.approx(float(expected), abs=1e-6)
+
+
+def box_surface(low, high, spacing_mm):
+    """Surface elements of a box of voxels from corner `low` to corner `high` (not of it): centres (n, 3) and areas.
+
+    Between voxels i and i + 1 of an axis lies a cell; the box's surface passes through it where one of them is inside. Of the
+    three axes one does on a face (a rectangle), two on an edge (a rectangle across the diagonal of the half cell), and three
+    at a corner (the triangle between the middles of three edges).
+    """
+    centres, areas = [], []
+    for cell in itertools.product(*(range(a - 1, b) for a, b in zip(low, high, strict=True))):
+        crossed = [axis for axis in range(3) if (low[axis] <= cell[axis]) != (cell[axis] + 1 < high[axis])]
+        inside = [axis for axis in range(3) if axis not in crossed]
+        s = [spacing_mm[axis] for axis in crossed]
+        if not crossed:
+            continue
+        if len(crossed) == 1:
+            area = np.prod([spacing_mm[axis] for axis in inside])
+        elif len(crossed) == 2:
+            area = np.hypot(s[0] / 2, s[1] / 2) * spacing_mm[inside[0]]
+        else:
+            area = np.linalg.norm(np.cross([-s[0] / 2, s[1] / 2, 0], [-s[0] / 2, 0, s[2] / 2])) / 2
+        centres.append((np.array(cell) + 0.5) * spacing_mm)
+        areas.append(area)
+    return np.array(centres), np.array(areas)
+
+
+BOXES = {
+    "inside": (((2, 2, 2), (9, 7, 5)), ((4, 2, 2), (9, 8, 6))),
+    "at_the_border": (((0, 0, 0), (5, 9, 4)), ((0, 1, 0), (7, 9, 7))),
+    "one_voxel": (((3, 3, 3), (4, 4, 4)), ((3, 3, 3), (5, 5, 4))),
+    "apart": (((0, 0, 0), (2, 2, 2)), ((8, 5, 4), (12, 9, 7))),
+}
+
+
+@pytest.mark.parametrize("kind", BOXES)
+@pytest.mark.parametrize("tolerance_mm", [0.0, 1.0, 1.5, 2.5])
+def test_surface_dice_of_boxes_by_hand(kind, tolerance_mm):
+    found, by_hand = [], []
+    for low, high in BOXES[kind]:
+        labels = volume((7, *(slice(a, b) for a, b in zip(low, high, strict=True))))
+        found.append(surfaces(labels, ANISOTROPIC_MM)[7])
+        by_hand.append(box_surface(low, high, np.array(ANISOTROPIC_MM)))
+    (at_a, area_a), (at_b, area_b) = by_hand
+    # The table of areas is float32.
+    assert [s.areas_mm2.sum() for s in found] == pytest.approx([area_a.sum(), area_b.sum()], rel=1e-6)
+    apart_mm = cdist(at_a, at_b)
+    right = area_a[apart_mm.min(1) <= tolerance_mm].sum() + area_b[apart_mm.min(0) <= tolerance_mm].sum()
+    assert surface_dice(*found, tolerance_mm) == pytest.approx(right / (area_a.sum() + area_b.sum()), rel=1e-6)
+
+
+def test_a_distance_equal_to_the_tolerance_counts(folders):
+    # The float32 of 0.8 is larger: two voxels of a file are 1.60000002 mm.
+    predictions, labels, add = folders
+    cube = volume((1, slice(2, 5), slice(2, 5), slice(2, 5)))
+    for axis in range(3):
+        for case, pair in ((f"behind{axis}", (cube, np.roll(cube, 2, axis))), (f"ahead{axis}", (np.roll(cube, 2, axis), cube))):
+            add(case, *pair, affine=affine_of((0.8, 0.8, 0.8)))
+    at, below = (evaluate(predictions, labels, tolerance_mm=t) for t in (1.6, 1.599))
+    assert [s.surface_dice for s in at.scores] == [1.0] * 6
+    assert all(0 < s.surface_dice < 1 for s in below.scores)
+
+
+def test_a_tolerance_for_each_class(folders, tmp_path):
+    predictions, labels, add = folders
+    true = volume((1, slice(1, 4), slice(1, 4), 1), (2, slice(1, 4), slice(1, 4), 4))
+    add("a", np.roll(true, 2, 0), true)
+    base = ["--predictions", str(predictions), "--labels", str(labels), "--out", str(tmp_path / "out"), "--overwrite"]
+    assert main([*base, "--classes", "background", "x", "y", "--tolerance-mm", "2", "0.5"]) == 0
+    x, y = read_scores(tmp_path / "out" / "per_case.csv")
+    assert (x.surface_dice, x.tolerance_mm, y.tolerance_mm) == (1.0, 2.0, 0.5)
+    assert y.surface_dice < 1
+    for extra, reason in ((["--tolerance-mm", "1", "2"], "know the classes"), (["--tolerance-mm", "-1"], "0 mm or more"),
+                          (["--tolerance-mm", "nan"], "0 mm or more"), (["--workers", "0"], "--workers"),
+                          (["--tolerance-mm", "1", "2", "3", "--classes", "b", "x", "y"], "one for each of the 2"),
+                          (["--resamples", "99"], "at least 100"), (["--seed", "-1"], "--seed must be at least 0")):
+        with pytest.raises(InputError, match=reason):
+            main([*base, *extra])
+
+
+# ---- side by side -----------------------------------------------------------------------------------------------------
+
+
+def test_processes_give_the_same_scores(folders, monkeypatch):
+    predictions, labels, add = folders
+    for i in range(4):
+        label = blobs(i)
+        add(f"case{i}", shifted(label, i), label)
+    save(predictions / "case2.nii.gz", np.ones((3, 3, 3)))
+    alone = evaluate(predictions, labels, {1: "x", 2: "y", 3: "z"})
+    monkeypatch.setattr(cohort, "WORTH_S", 0.0)
+    assert evaluate(predictions, labels, {1: "x", 2: "y", 3: "z"}, workers=2) == alone
+    assert list(alone.rejected) == ["case2"]
+
+
+def test_a_process_that_dies_costs_its_case_alone(folders, monkeypatch):
+    predictions, labels, add = folders
+    for case in "abcde":
+        add(case, volume((1, 1, 1, 1)), volume((1, 1, 1, 1)))
+    pools = []
+
+    def in_processes(work, items, workers):
+        """A pool that ends with the process that takes case d, as soon as one takes it."""
+        pools.append(([item.case for item in items], workers))
+        for item in items:
+            if item.case == "d":
+                raise InputError("a worker process ended abruptly")
+            yield work(item)
+
+    monkeypatch.setattr(cohort, "in_processes", in_processes)
+    monkeypatch.setattr(cohort, "WORTH_S", 0.0)
+    found = evaluate(predictions, labels, workers=3)
+    assert pools == [(["b", "c", "d", "e"], 3), (["d"], 1), (["e"], 1)]
+    assert found.cases == ("a", "b", "c", "e")
+    assert list(found.rejected) == ["d"]
+    assert "ended abruptly" in found.rejected["d"]
+
+
+def test_little_work_starts_no_process(folders, monkeypatch):
+    predictions, labels, add = folders
+    for case in "ab":
+        add(case, volume((1, 1, 1, 1)), volume((1, 1, 1, 1)))
+    monkeypatch.setattr(cohort, "in_processes", None)
+    assert evaluate(predictions, labels, workers=8).cases == ("a", "b")
+
+
+# ---- the command ------------------------------------------------------------------------------------------------------
+
+
 def test_command_writes_both_files(folders, tmp_path, capsys):
     predictions, labels, add = folders
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 1, "spleen": 2}}))
@@ -149,20 +351,32 @@ def test_command_writes_both_files(folders, tmp_path, capsys):
     assert main(["--predictions", str(predictions), "--labels", str(labels), "--out", str(tmp_path / "out")]) == 0
     with (tmp_path / "out" / "per_case.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ["case", "class", "class_name", "dice", "hd95_mm", "label_voxels", "predicted_voxels"]
+    assert rows[0] == ["case", "class", "class_name", "dice", "surface_dice", "hd95_mm", "volume_error_ml",
+                       "relative_volume_error", "label_voxels", "predicted_voxels", "tolerance_mm"]
     # From the prediction's voxels to the label's: 2, 1, 0 and 0 mm, of which the 95th percentile is 0.15 × 1 + 0.85 × 2.
-    assert rows[1] == ["a", "1", "liver", "0.571429", "1.850000", "3", "4"]
-    assert rows[2] == ["a", "2", "spleen", "0.000000", "", "1", "0"]
+    # No part of either surface is farther than 2 mm from the other. A voxel has 1 × 2 × 3 mm³.
+    assert rows[1] == ["a", "1", "liver", "0.571429", "1.000000", "1.850000", "0.006000", "0.333333", "3", "4", "2.0"]
+    assert rows[2] == ["a", "2", "spleen", "0.000000", "0.000000", "", "-0.006000", "-1.000000", "1", "0", "2.0"]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["mean_foreground_dice"] == pytest.approx(2 / 7)
     assert summary["cases"] == 1
+    one = {"interval": None, "std": None, "count": 1}
     assert summary["per_class"]["spleen"] == {
-        "value": 2, "dice": {"mean": 0.0, "median": 0.0, "std": None, "count": 1},
-        "hd95_mm": {"mean": None, "median": None, "std": None, "count": 0}, "hd95_undefined": 1}
+        "value": 2, "tolerance_mm": 2.0, "hd95_undefined": 1,
+        "dice": {"mean": 0.0, "median": 0.0, **one}, "surface_dice": {"mean": 0.0, "median": 0.0, **one},
+        "hd95_mm": {"mean": None, "interval": None, "median": None, "std": None, "count": 0},
+        "volume_error_ml": {"mean": pytest.approx(-0.006), "median": pytest.approx(-0.006), **one,
+                            "mean_absolute": pytest.approx(0.006)},
+        "relative_volume_error": {"mean": -1.0, "median": -1.0, **one, "mean_absolute": 1.0}}
+    assert {m: of["mean"] for m, of in summary["mean_over_classes"].items()} == {
+        "dice": pytest.approx(2 / 7), "surface_dice": pytest.approx(0.5), "hd95_mm": pytest.approx(1.85)}
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["per_case.csv", "summary.json"]
-    assert "liver" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "liver" in table
+    assert "no intervals: fewer than 6 cases" in table
     scores = read_scores(tmp_path / "out" / "per_case.csv")
-    assert (scores[0].dice, scores[1].hd95_mm, scores[1].predicted_voxels) == (0.571429, None, 0)
+    assert dataclasses.astuple(scores[0]) == ("a", 1, "liver", 0.571429, 1.85, 3, 4, 1.0, 2.0, 0.006)
+    assert (scores[1].hd95_mm, scores[1].predicted_voxels, scores[1].relative_volume_error) == (None, 0, -1.0)
 
 
 def test_missing_prediction_is_named_and_the_rest_scored(folders, tmp_path, capsys):
