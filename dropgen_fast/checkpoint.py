@@ -12,7 +12,7 @@ import torch
 from dropgen_fast.errors import InputError
 from dropgen_fast.files import replacing
 
-VERSION = 1
+VERSION = 2
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -46,13 +46,13 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def rng_state() -> dict[str, Any]:
-    """State of torch's generators, the CPU's and every GPU's."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """State of torch's generators: the CPU's, and that of the GPU that a process trains on."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     """Put torch's generators where `rng_state` found them."""
     torch.set_rng_state(state["cpu"])
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):  # else: resumed elsewhere, on another number of GPUs
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and device.type == "cuda":  # else: resumed on another kind of device
+        torch.cuda.set_rng_state(state["cuda"], device)

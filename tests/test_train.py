@@ -109,122 +109,12 @@ def test_training_learns(learned: Path) -> None:
     assert np.mean(found[-40:]) < 0.9 * np.mean(found[:5])
 
 
-def test_stopped_and_resumed_is_the_same_run(trained: Path, store: Path, tmp_path: Path) -> None:
-    """Killed after step 10's checkpoint, with later steps already in the record: every loss and every weight is the same."""
-    whole = trained
-    out = tmp_path / "cut"
-    trainer = train.Trainer(configuration(store, out, "--steps", 20, "--fusion.p", 0.5))
-    step = trainer.train_step
-
-    def killed(batch: Any) -> torch.Tensor:
-        if trainer.step == 14:
-            raise KeyboardInterrupt
-        return step(batch)
-
-    trainer.train_step = killed  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
-    with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 14, "lo')  # a line that was being written
-    arguments = ["--store", store, "--out", out, "--steps", 20, "--fusion.p", 0.5, *RECIPE]
-    assert command(train, arguments) == 2  # without --resume the run is not touched
-    assert command(train, [*arguments, "--resume"]) == 0
-    assert losses(out) == losses(whole)
-    a, b = (checkpoint.load(path / "last.pt") for path in (out, whole))
-    assert all(torch.equal(a["network"][k], v) for k, v in b["network"].items())
-    assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
-
-
-def test_a_schedule_of_drop_rates_goes_on_where_it_was(store: Path, tmp_path: Path) -> None:
-    """The rate comes from the step, so a resumed run has the rates, and so the losses, of one that was not stopped."""
-    ramp = ["--steps", 6, "--fusion.p-start", 0.1, "--fusion.p", 0.5, 0.9, "--fusion.p-ramp-steps", 4, "--validate-every", 3,
-            "--fusion.at-least-one"]
-
-    def train_up_to(last: int, out: Path) -> list[list[float]]:
-        trainer = train.Trainer(configuration(store, out, *ramp, "--resume"))
-        step, rates = trainer.train_step, []
-
-        def recorded(batch: Any) -> torch.Tensor:
-            if trainer.step == last:
-                raise KeyboardInterrupt
-            loss = step(batch)
-            rates.append(trainer.model.fusion.rates.tolist())
-            return loss
-
-        trainer.train_step = recorded  # type: ignore[method-assign]
-        with contextlib.suppress(KeyboardInterrupt):
-            trainer.fit()
-        return rates
-
-    whole = train_up_to(6, tmp_path / "whole")
-    wanted = [(0.1, 0.1), (0.2, 0.3), (0.3, 0.5), (0.4, 0.7), (0.5, 0.9), (0.5, 0.9)]
-    np.testing.assert_allclose(whole, wanted, rtol=1e-6)
-    assert train_up_to(5, tmp_path / "cut") == whole[:5]
-    assert train_up_to(6, tmp_path / "cut") == whole[3:]
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-
-
-def test_kill_9_and_resume(trained: Path, store: Path, tmp_path: Path) -> None:
-    """A real process, killed without warning while it trains."""
-    out = tmp_path / "killed"
-    arguments = [sys.executable, "-m", "dropgen_fast.train", "--store", str(store), "--out", str(out), "--steps", "20",
-                 "--fusion.p", "0.5", *RECIPE, "--resume"]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not (out / "last.pt").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert (out / "last.pt").exists()
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert losses(out) == losses(trained)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves(trained: Path, store: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """Stopped between validations: the step that it had reached is saved, and the resumed run is the uninterrupted one."""
-    out = tmp_path / "stopped"
-    arguments = ["--store", store, "--out", out, "--steps", 20, "--fusion.p", 0.5, *RECIPE, "--resume"]
-    trainer = train.Trainer(configuration(store, out, "--steps", 20, "--fusion.p", 0.5))
-    step = trainer.train_step
-
-    def signalled(batch: Any) -> torch.Tensor:
-        if trainer.step == 6:
-            os.kill(os.getpid(), number)
-        return step(batch)
-
-    trainer.train_step = signalled  # type: ignore[method-assign]
-    with pytest.raises(train.Stopped, match="stopped after 7 steps, saved") as caught:
-        trainer.fit()
-    assert caught.value.signal == number
-    assert checkpoint.load(out / "last.pt")["step"] == 7
-    assert command(train, arguments) == 0
-    assert losses(out) == losses(trained)
-
-
-def test_two_trainings_do_not_share_a_folder(store: Path, tmp_path: Path) -> None:
-    first = RunFolder(tmp_path / "run", {"a": 1}, resume=True)
-    first.start(0)
-    with pytest.raises(InputError, match="another process is training into it"):
-        RunFolder(tmp_path / "run", {"a": 1}, resume=True).start(0)
-    first.close()
-    RunFolder(tmp_path / "run", {"a": 1}, resume=True).start(0)
-
-
-def test_a_moved_store_is_the_same_store(trained: Path, store: Path, tmp_path: Path) -> None:
-    shutil.copytree(store, tmp_path / "moved")
-    shutil.copytree(trained, tmp_path / "run")
-    assert command(train, ["--store", tmp_path / "moved", "--out", tmp_path / "run", "--steps", 20, "--fusion.p", 0.5, *RECIPE,
-                           "--loader-threads", 1, "--log-every", 2, "--resume"]) == 0
-
-
 def test_divergence_keeps_the_good_checkpoint(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert command(train, ["--store", store, "--out", out, "--steps", 20, *RECIPE, "--learning-rate", "1e30",
-                           "--validate-every", 1, "--log-every", 20]) == 2
+                           "--validate-every", 20, "--save-every", 1, "--max-skipped", 3]) == 2
     error = capsys.readouterr().err
-    assert "training has diverged" in error
+    assert re.search("training has diverged: (no gradient was finite in the last 3 steps|weights are not finite)", error)
     assert "begin anew in another folder with a learning rate below 1e+30" in error
     for path in out.glob("*.pt"):
         assert all(v.isfinite().all() for v in checkpoint.load(path)["network"].values())
@@ -236,18 +126,6 @@ def test_a_disk_that_refuses_is_one_line(store: Path, tmp_path: Path, capsys: py
     error = capsys.readouterr().err
     assert "file/run" in error
     assert error.count("\n") == 1
-
-
-def test_resume_refuses_other_settings(trained: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (trained / "last.pt").read_bytes()
-    arguments = ["--store", store, "--out", trained, "--steps", 30, "--fusion.p", 0.25, *RECIPE, "--resume"]
-    assert command(train, arguments) == 2
-    message = capsys.readouterr().err
-    assert "cannot be resumed with other settings" in message
-    assert "steps was 20 and is now 30" in message
-    assert "model.fusion.p was [0.5] and is now [0.25]" in message
-    assert message.count("\n") == 1
-    assert (trained / "last.pt").read_bytes() == before
 
 
 def normalizing_extractor() -> nn.Module:
@@ -491,16 +369,6 @@ def test_sliding_window_is_the_network_where_one_window_covers_all() -> None:
     small = inference.class_probabilities(model, image[:5, :, :7], (8, 8, 8))
     assert small.shape == (3, 5, 8, 7)
     torch.testing.assert_close(small.sum(0), torch.ones(5, 8, 7))
-
-
-def test_learning_rate_warms_up_and_falls_to_zero(store: Path, tmp_path: Path) -> None:
-    trainer = train.Trainer(configuration(store, tmp_path / "r", "--steps", 100, "--warmup-steps", 10))
-    rates = [trainer._rate(step) for step in range(101)]
-    assert rates[0] == pytest.approx(1 / 11)
-    assert rates[10] == 1.0
-    assert max(rates) == 1.0
-    assert rates[55] == pytest.approx(0.5)
-    assert rates[100] == pytest.approx(0.0)
 
 
 def test_augmentation_comes_from_command_line_then_preset_then_recipe(store: Path, tmp_path: Path) -> None:
