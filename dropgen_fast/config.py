@@ -1,23 +1,23 @@
-"""Settings of a training run, and where the value of each comes from: defaults < preset < file < command line."""
+"""Settings of a training run."""
 
 from __future__ import annotations
 
-import contextlib
-import io
+import dataclasses
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
 from dropgen_fast.data.augment import ChainName
 from dropgen_fast.data.augmentation import AugmentationConfig
-from dropgen_fast.data.store import is_store, read_index
 from dropgen_fast.errors import InputError
 from dropgen_fast.model import ModelConfig
-from dropgen_fast.presets import load_preset
+from dropgen_fast.presets import Preset
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,15 @@ class TrainConfig:
     out: Path
     """Folder of the run: settings, metrics, checkpoints, TensorBoard events."""
     preset: str | None = None
-    """Name or YAML file of a preset; by default the one that the store was prepared with."""
+    """Name or YAML file of a preset; by default the one that the store was prepared with, else one derived from the store."""
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
     """Method, extractor, fusion and network."""
     patch: tuple[int, int, int] | None = None
-    """Training patch in voxels; default the preset's."""
+    """Training patch in voxels; default the preset's, else derived from the store."""
     num_subjects: int | None = None
     """Few-shot: train on this many subjects, drawn at random by the seed; default all."""
+    subject_pattern: str = "sub-[0-9A-Za-z]+"
+    """Regular expression for the part of a case's id that names its subject; an id without such a part is its own subject."""
     batch_size: int = 4
     """Patches per process that go through the network at once."""
     accumulate: int = 1
@@ -106,6 +108,10 @@ class TrainConfig:
             raise InputError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.num_subjects is not None and self.num_subjects < 1:
             raise InputError(f"num_subjects must be at least 1, got {self.num_subjects}")
+        try:
+            re.compile(self.subject_pattern)
+        except re.error as error:
+            raise InputError(f"subject_pattern {self.subject_pattern!r} is no regular expression: {error}") from error
         if self.panels < 0:
             raise InputError(f"panels must not be negative, got {self.panels}")
         if not 0 <= self.warmup_steps < self.steps:
@@ -123,38 +129,57 @@ FREE = ("store", "preset", "device", "save_every", "log_every", "panels", "wandb
 rounding."""
 
 
-@dataclass(frozen=True)
-class Basis:
-    """What decides the defaults of the other settings."""
 
-    store: Path | None = None
-    preset: str | None = None
-    recipe: Literal["dropgen", "nnunet", "off"] | None = None
-    patch: tuple[int, int, int] | None = None
-
-
-def _defaults(argv: Sequence[str]) -> TrainConfig:
-    """The settings that hold where the command line says nothing: those of the preset that it, or else the store, names.
+def completed(config: TrainConfig, preset: Preset) -> TrainConfig:
+    """The settings with the patch and the augmentation that the preset decides where they say nothing.
 
     Raises:
-        InputError: there is no such preset.
+        InputError: neither has a patch.
     """
-    plainly = [word for word in argv if word not in ("-h", "--help")]
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            basis, _ = tyro.cli(Basis, args=plainly, return_unknown_args=True)
-    except SystemExit:  # one of the four is wrong: the whole command line is told about it
-        basis = Basis()
-    name = basis.preset
-    if name is None and basis.store is not None and is_store(basis.store):
-        name = read_index(basis.store).preset
-    preset = load_preset(name)
-    return TrainConfig(store=tyro.MISSING, out=tyro.MISSING,
-                       augmentation=preset.augmentation_config(basis.patch or preset.patch, basis.recipe))
+    patch = config.patch or preset.patch
+    if patch is None:
+        raise InputError("no patch: give --patch D H W, or a preset that has one")
+    augmentation = config.augmentation or preset.augmentation_config(patch, config.recipe)
+    return dataclasses.replace(config, patch=patch, augmentation=augmentation)
 
 
-def parse(argv: Sequence[str]) -> TrainConfig:
-    """The settings of a command line."""
-    return tyro.cli(TrainConfig, args=argv, prog="dropgen-fast train", default=_defaults(argv))
+def choose_subjects(cases: Sequence[str], count: int, seed: int, pattern: str) -> list[str]:
+    """The cases of `count` subjects drawn at random, sorted.
+
+    Of the same seed a smaller draw is part of a larger one.
+
+    Args:
+        cases: ids.
+        count: of subjects.
+        seed: of the draw.
+        pattern: regular expression; what it finds in an id names the subject. An id without is a subject of its own.
+
+    Raises:
+        InputError: there are fewer subjects.
+    """
+    subjects: dict[str, list[str]] = {}
+    for case in sorted(cases):
+        found = re.search(pattern, case)
+        subjects.setdefault(found.group() if found else case, []).append(case)
+    if count > len(subjects):
+        raise InputError(f"num_subjects is {count}, and the store has {len(subjects)} training subjects: give at most so many")
+    names = list(subjects)
+    chosen = np.random.default_rng(seed).permutation(len(names))[:count]
+    return sorted(case for k in chosen for case in subjects[names[k]])
 
 
+def plain(settings: Any) -> Any:
+    """A dataclass as what YAML can hold: mappings, lists, strings, numbers."""
+    if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
+        return {f.name: plain(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
+    if isinstance(settings, (list, tuple)):
+        return [plain(v) for v in settings]
+    return str(settings) if isinstance(settings, Path) else settings
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, whose keys are joined by dots."""
+    result: dict[str, Any] = {}
+    for key, value in settings.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return result

@@ -121,9 +121,9 @@ def _store_of_this_attempt() -> dist.Store | None:
     """Where the processes find each other; None: as torch does it by itself.
 
     torchrun keeps one store over its restarts, and torch looks up addresses there without saying of which attempt: a process
-    that was started again finds those of the dead (pytorch issue 135712). On one machine the number of restarts tells the attempts
-    apart. On several machines it is not the same everywhere; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun begin a
-    new store.
+    that was started again finds those of the dead (pytorch issue 135712). On one machine the number of restarts tells the
+    attempts apart. On several machines it is not the same everywhere; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun
+    begin a new store.
     """
     one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     if not one_machine or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -198,11 +197,6 @@ def all_flips(mirror: Iterable[int]) -> list[tuple[int, ...]]:
 def _flip(x: Tensor, axes: Sequence[int]) -> Tensor:
     """Flip (N, C, D, H, W) along spatial axes counted from 0."""
     return x.flip([axis + 2 for axis in axes]) if axes else x
-
-
-def sided_classes(classes: Iterable[str]) -> list[str]:
-    """The classes whose name says left or right: a flip of the first axis turns one into the other."""
-    return [name for name in classes if re.search(r"(?<![a-z])(left|right)(?![a-z])", name, re.IGNORECASE)]
 
 
 # ---- features of the whole volume -----------------------------------------------------------------------------------

@@ -29,12 +29,13 @@ from tqdm import tqdm
 
 from dropgen_fast import checkpoint
 from dropgen_fast.cli import run
+from dropgen_fast.data.augmentation import sided_classes
 from dropgen_fast.data.cohort import ENDINGS, Case, Cohort, read_images
 from dropgen_fast.data.geometry import GridMap, ras_grid, resize, save_like
 from dropgen_fast.data.prepare import PreparedImage, prepare_image
 from dropgen_fast.errors import InputError
 from dropgen_fast.files import replacing, write_atomically
-from dropgen_fast.inference import FeatureSource, Offload, choose_device, class_probabilities, sided_classes
+from dropgen_fast.inference import FeatureSource, Offload, choose_device, class_probabilities
 from dropgen_fast.model import DropGen, ModelConfig, build_model, check_extractor
 
 MANIFEST = "predictions.json"

@@ -72,7 +72,7 @@ class TrainingStep:
         rate = torch.tensor(config.learning_rate, device=ranks.device) if on_gpu else config.learning_rate
         self.optimizer = torch.optim.AdamW(self._parameters, rate, weight_decay=config.weight_decay, fused=True,
                                            capturable=on_gpu)
-        self._core: nn.Module = NetworkAndLoss(model.network, loss)
+        self._core: Any = NetworkAndLoss(model.network, loss)
         if config.compile if config.compile is not None else on_gpu:
             self._core.compile(dynamic=False)
         if ranks.size > 1:

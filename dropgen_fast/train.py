@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 import signal
 import sys
 import threading
@@ -22,7 +21,8 @@ from tqdm import tqdm
 
 from dropgen_fast import checkpoint
 from dropgen_fast.cli import run
-from dropgen_fast.config import FREE, TrainConfig, choose_subjects, parse
+from dropgen_fast.config import FREE, TrainConfig, choose_subjects, completed, plain
+from dropgen_fast.data.augmentation import sided_classes
 from dropgen_fast.data.pipeline import Batch, TrainingPipeline
 from dropgen_fast.data.store import Store, slow_disk
 from dropgen_fast.distributed import Agreement, Ranks, restarted
@@ -31,10 +31,10 @@ from dropgen_fast.files import write_atomically
 from dropgen_fast.inference import class_probabilities, dice_per_class
 from dropgen_fast.losses import build_loss
 from dropgen_fast.model import build_model, check_extractor, extractor_identity
-from dropgen_fast.presets import load_preset
+from dropgen_fast.record.folder import RunFolder
 from dropgen_fast.record.monitor import Monitor
 from dropgen_fast.record.panels import panel
-from dropgen_fast.run import RunFolder, plain
+from dropgen_fast.settings import preset_of, resolve
 from dropgen_fast.step import TrainingStep
 
 REQUEUE = 75
@@ -86,7 +86,8 @@ class Trainer:
         agreement = Agreement(self.ranks)
         progress = tqdm(total=config.steps, initial=self.step, desc=config.model.method, unit="step",
                         disable=None if self.ranks.first else True)
-        with progress, stop_signals() as stop, contextlib.closing(self.folder) if self.folder else contextlib.nullcontext():
+        with (progress, stop_signals() as stop, contextlib.closing(self.monitor),
+              contextlib.closing(self.folder) if self.folder else contextlib.nullcontext()):
             while self.step < config.steps:
                 if wish := agreement(stop.number):
                     self._stop(wish)
@@ -139,23 +140,21 @@ class Trainer:
         for split, name in (("train", "training"), ("val", "validation")):
             if not self.store.cases(split):
                 raise InputError(f"store {config.store} has no {name} cases; prepare it with some")
-        preset = load_preset(config.preset or self.store.preset)
-        patch = config.patch or preset.patch
-        if patch is None:
-            raise InputError("no patch: give --patch D H W, or a preset that has one")
-        augmentation = config.augmentation or preset.augmentation_config(patch, config.recipe)
+        config = completed(config, preset_of(config.preset, config.store)[0])
+        assert config.patch is not None, "completed() gives one"
+        self.patch = config.patch
         if self.ranks.first:
             if warning := slow_disk(self.store):
                 _warn(warning)
-            sided = [n for n in self.store.classes if re.search(r"(?<![a-z])(left|right)(?![a-z])", n, re.IGNORECASE)]
-            if sided and (augmentation.flipping or augmentation.turning):
+            sided = sided_classes(self.store.classes)
+            if sided and config.augmentation is not None and (config.augmentation.flipping or config.augmentation.turning):
                 _warn(f"flips and turns are on, and {sided[0]!r} is a side: --augmentation.no-mirror keeps left and right apart")
         weights = config.model.extractor_weights
         model = dataclasses.replace(config.model, extractor_weights=weights.resolve() if weights is not None else None)
-        self.patch: tuple[int, int, int] = patch
-        few = config.num_subjects
-        self.subjects = choose_subjects(self.store.cases("train"), few, config.seed) if few is not None else None
-        return dataclasses.replace(config, patch=patch, augmentation=augmentation, model=model)
+        cases = [case.id for case in self.store.cases("train")]
+        self.subjects = (choose_subjects(cases, config.num_subjects, config.seed, config.subject_pattern)
+                         if config.num_subjects is not None else None)
+        return dataclasses.replace(config, model=model)
 
     def _folder(self, config: TrainConfig) -> RunFolder | None:
         """The run's folder, for the one process that writes."""
@@ -336,7 +335,11 @@ def stop_signals(*, at_once: bool = False) -> Iterator[StopSignals]:
 
 def main(argv: Sequence[str]) -> int:
     """The command ``train``."""
-    config = parse(argv)
+    resolved = resolve(argv)
+    config = resolved.config
+    if resolved.print_config:
+        print(resolved.as_yaml(), end="")
+        return 0
     ranks = Ranks()
     try:
         with stop_signals(at_once=True):

@@ -23,6 +23,7 @@ from dropgen_fast import checkpoint, prepare, train
 from dropgen_fast.data.pipeline import TrainingPipeline
 from dropgen_fast.distributed import Ranks
 from dropgen_fast.errors import InputError
+from dropgen_fast.settings import parse
 
 STEPS, SAMPLES = 8, 2
 RECIPE = ["--patch", "16", "16", "16", "--steps", str(STEPS), "--network-options", "base_channels=4", "downsamplings=2",
@@ -80,7 +81,7 @@ def pair(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_process(store: Path, out: Path, perturbation: int = 0) -> np.ndarray:
     """Losses of one process that gets the batches and the dropout of both; voxels changed by 1e-7 where `perturbation` > 0."""
     arguments = ["--store", str(store), "--out", str(out), "--batch-size", str(2 * SAMPLES), *RECIPE]
-    trainer = train.Trainer(train.parse(arguments))
+    trainer = train.Trainer(parse(arguments))
     config = trainer.config
     shares = [TrainingPipeline(trainer.store, patch=trainer.patch, batch_size=SAMPLES, seed=config.seed, num_threads=1,
                                augmentation=config.augmentation, foreground_fraction=0.0, rank=rank, world_size=2)
@@ -127,7 +128,7 @@ def test_two_processes_are_one_with_the_doubled_batch(pair: Path, store: Path, t
 def test_sharded_validation_is_the_validation(pair: Path, store: Path, tmp_path: Path) -> None:
     shutil.copytree(pair, tmp_path / "run")
     arguments = ["--store", str(store), "--out", str(tmp_path / "run"), "--batch-size", str(SAMPLES), *RECIPE, "--resume"]
-    trainer = train.Trainer(train.parse(arguments))
+    trainer = train.Trainer(parse(arguments))
     scores = trainer.validate()
     assert scores == rows(pair, "per_class")[-1]
     assert set(scores) == {"tissue 1", "tissue 2"}

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dropgen_fast import inference
+from dropgen_fast.data.augmentation import sided_classes
 from dropgen_fast.features import FrozenExtractor
-from dropgen_fast.inference import class_probabilities, fits, sided_classes, volume_bytes
+from dropgen_fast.inference import class_probabilities, fits, volume_bytes
 from dropgen_fast.model import DropGen, ModelConfig, build_model
 from dropgen_fast.networks import UNet
 

@@ -12,11 +12,11 @@ import tyro
 import yaml
 from torch import Tensor, nn
 
+from dropgen_fast.config import plain
 from dropgen_fast.errors import InputError
 from dropgen_fast.fusion import StreamFusion
 from dropgen_fast.losses import build_loss
 from dropgen_fast.model import DropGen, FusionConfig, Method, ModelConfig, build_model
-from dropgen_fast.run import plain
 
 TINY = ("base_channels=4", "downsamplings=1")
 PATCH = (8, 8, 8)
@@ -196,3 +196,11 @@ def test_the_model_s_state_is_the_network_s() -> None:
     net = model("features")
     assert isinstance(net.network, nn.Module)
     assert {name.partition(".")[0] for name in net.state_dict()} == {"network"}
+
+
+def test_stride_gives_coarse_features_that_the_fusion_interpolates() -> None:
+    config = ModelConfig(network_options=("base_channels=4", "downsamplings=1"), extractor_stride=2)
+    model = build_model(config, image_channels=1, classes=3, patch=(8, 8, 8))
+    assert model.extractor is not None
+    assert model.extractor(torch.rand(1, 1, 8, 8, 8)).shape == (1, 12, 4, 4, 4)
+    assert model(torch.rand(1, 1, 8, 8, 8)).shape == (1, 3, 8, 8, 8)

@@ -20,10 +20,10 @@ from nifti_factory import blobs, make_affine, write_cohort, write_nifti
 
 from dropgen_fast import checkpoint, predict
 from dropgen_fast.cli import run
+from dropgen_fast.config import plain
 from dropgen_fast.data.geometry import Grid, GridMap
 from dropgen_fast.errors import InputError
 from dropgen_fast.model import ModelConfig, build_model, extractor_identity
-from dropgen_fast.run import plain
 
 PATCH = (16, 16, 16)
 TASK: dict[str, Any] = {"classes": ["background", "tissue 1", "tissue 2"], "channels": ["MR"], "spacing_mm": [1.25, 1.25, 1.25],

@@ -22,7 +22,8 @@ from nifti_factory import write_cohort
 from dropgen_fast import checkpoint, prepare, train
 from dropgen_fast.cli import run
 from dropgen_fast.errors import InputError
-from dropgen_fast.run import RunFolder
+from dropgen_fast.record.folder import RunFolder
+from dropgen_fast.settings import parse
 
 STEPS = 20
 RECIPE = ["--patch", "16", "16", "16", "--batch-size", "2", "--network-options", "base_channels=4", "downsamplings=2",
@@ -133,7 +134,7 @@ def test_killed_while_a_checkpoint_is_written(whole: Path, store: Path, tmp_path
 def test_stopped_and_resumed_is_the_same_run(whole: Path, store: Path, tmp_path: Path) -> None:
     """Cut after step 10's checkpoint, with later steps already in the record."""
     out = tmp_path / "cut"
-    trainer = train.Trainer(train.parse(arguments(store, out)))
+    trainer = train.Trainer(parse(arguments(store, out)))
     step = trainer.train_step
 
     def killed(batches: Any) -> torch.Tensor:
@@ -155,7 +156,7 @@ def test_stopped_and_resumed_is_the_same_run(whole: Path, store: Path, tmp_path:
 def test_asked_to_stop_it_saves(whole: Path, store: Path, tmp_path: Path, number: signal.Signals, status: int) -> None:
     """Stopped between validations: the step that it had reached is saved, and the resumed run is the uninterrupted one."""
     out = tmp_path / "stopped"
-    trainer = train.Trainer(train.parse(arguments(store, out)))
+    trainer = train.Trainer(parse(arguments(store, out)))
     step = trainer.train_step
 
     def signalled(batches: Any) -> torch.Tensor:
@@ -201,7 +202,7 @@ def test_a_schedule_of_drop_rates_goes_on_where_it_was(store: Path, tmp_path: Pa
             "--validate-every", "3", "--fusion.at-least-one"]
 
     def train_up_to(last: int, out: Path) -> list[list[float]]:
-        trainer = train.Trainer(train.parse(arguments(store, out, *ramp, "--resume")))
+        trainer = train.Trainer(parse(arguments(store, out, *ramp, "--resume")))
         step, rates = trainer.train_step, []
 
         def recorded(batches: Any) -> torch.Tensor:

@@ -133,7 +133,7 @@ def picture(result: StepResult) -> bytes:
     """The times as bars, a PNG."""
     figure = Figure(figsize=(7, 0.6 * len(result.ms) + 1.2), layout="constrained")
     axes = figure.subplots()
-    names = list(reversed(result.ms))
+    names = list(result.ms)[::-1]
     spreads = [result.ms[name] for name in names]
     axes.barh(names, [s.median for s in spreads], color=["#D55E00" if n.startswith("recipe") else "#0072B2" for n in names],
               xerr=[[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]], capsize=3)

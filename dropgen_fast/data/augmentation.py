@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,6 +185,11 @@ class AugmentationConfig:
     def turning(self) -> bool:
         """Whether any quarter turn can occur."""
         return self.mirror and self.rotate90_probability > 0
+
+
+def sided_classes(classes: Iterable[str]) -> list[str]:
+    """The classes whose name says left or right: a flip of the first axis turns one into the other."""
+    return [name for name in classes if re.search(r"(?<![a-z])(left|right)(?![a-z])", name, re.IGNORECASE)]
 
 
 RECIPES = ("dropgen", "nnunet", "off")

@@ -35,8 +35,8 @@ class TrainingPipeline(Iterator[Batch]):
     """An endless iterator of training batches.
 
     Cases are reshuffled every epoch; a batch may span two epochs. With several ranks each reads its own share of the cases,
-    and the shares move on by one rank every epoch; with fewer cases than ranks, each reads all, in an order of its own. A batch may be DALI's own memory (nothing is copied), which DALI does not use
-    again while a tensor of the batch is alive.
+    and the shares move on by one rank every epoch; with fewer cases than ranks, each reads all, in an order of its own. A batch
+    may be DALI's own memory (nothing is copied), which DALI does not use again while a tensor of the batch is alive.
 
     Args:
         store: the prepared store.

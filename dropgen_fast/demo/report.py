@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import json
@@ -23,13 +22,13 @@ from dropgen_fast.demo.cohort import CLASSES, DOMAINS, SOURCE, case_name
 from dropgen_fast.demo.results import METHODS, load_scores, of_domain, sentence
 from dropgen_fast.evaluate import Score, mean_foreground_dice
 from dropgen_fast.files import write_atomically
+from dropgen_fast.page import INK, document, picture, plain_axes, to_png
 
 # Okabe and Ito's colours, told apart with every common kind of colour vision.
 TISSUE_COLOURS = {1: "#56B4E9", 2: "#E69F00", 3: "#009E73"}
 METHOD_COLOURS = {"erm": "#8A8F98", "dropgen": "#0072B2"}
 OVERLAY = 0.75
 MAGNIFIED = 4
-INK, FAINT = "#1c2733", "#d9dee4"
 
 Pixels = npt.NDArray[np.float64]
 """(height, width, 3) in 0..1."""
@@ -115,14 +114,6 @@ def _per_case(scores: Sequence[Score], domain: str) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def _style(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#8a949e")
-    axes.tick_params(colors=INK, length=3)
-    axes.grid(axis="y", color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
 def _draw_bars(axes: Axes, results: Mapping[str, Any], scores: Mapping[str, Sequence[Score]]) -> None:
     """Grouped bars, one group per domain, with a dot for each case."""
     places = np.arange(len(DOMAINS))
@@ -141,7 +132,7 @@ def _draw_bars(axes: Axes, results: Mapping[str, Any], scores: Mapping[str, Sequ
     axes.set_ylim(0, 1.08)
     axes.set_yticks(np.arange(0, 1.01, 0.2))
     axes.set_ylabel("mean foreground Dice")
-    _style(axes)
+    plain_axes(axes)
 
 
 def _bar_chart(results: Mapping[str, Any], scores: Mapping[str, Sequence[Score]]) -> bytes:
@@ -149,7 +140,7 @@ def _bar_chart(results: Mapping[str, Any], scores: Mapping[str, Sequence[Score]]
     axes = figure.subplots()
     _draw_bars(axes, results, scores)
     axes.legend(frameon=False, ncols=2, loc="upper right")
-    return _png(figure)
+    return to_png(figure)
 
 
 def _curve_chart(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> bytes:
@@ -166,8 +157,8 @@ def _curve_chart(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
         if name == "validation_dice":
             axes.set_ylim(0, 1)
         axes.legend(frameon=False)
-        _style(axes)
-    return _png(figure)
+        plain_axes(axes)
+    return to_png(figure)
 
 
 def _summary_picture(rows: Sequence[Row], results: Mapping[str, Any], scores: Mapping[str, Sequence[Score]]) -> bytes:
@@ -195,13 +186,7 @@ def _summary_picture(rows: Sequence[Row], results: Mapping[str, Any], scores: Ma
     _draw_bars(axes, results, scores)
     axes.set_title(f"trained on T1 only, {results['steps']} steps each, seed {results['seed']}", fontsize=11, color=INK)
     axes.legend(frameon=False, ncols=2, loc="upper right")
-    return _png(figure, dpi=110)
-
-
-def _png(figure: Figure, dpi: int = 170) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
-    return buffer.getvalue()
+    return to_png(figure, dpi=110)
 
 
 def _slice_png(pixels: Pixels) -> bytes:
@@ -211,36 +196,16 @@ def _slice_png(pixels: Pixels) -> bytes:
     return buffer.getvalue()
 
 
-def _img(png: bytes, alt: str, kind: str) -> str:
-    return f'<img class="{kind}" alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-
 STYLE = """
-:root { color: #1c2733; background: #f6f7f9; font: 16px/1.55 system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
-body { margin: 0 auto; max-width: 1120px; padding: 40px 32px 64px; }
-h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em; }
-h2 { font-size: 20px; margin: 44px 0 4px; }
-p { margin: 6px 0 14px; max-width: 92ch; }
-.run, .note, figcaption { color: #55616e; font-size: 14.5px; }
-.lead { font-size: 19px; line-height: 1.5; border-left: 4px solid #0072b2; padding: 4px 0 4px 18px; margin: 24px 0; }
-.warning { background: #fff4dc; border: 1px solid #e5c37a; border-radius: 8px; padding: 10px 16px; max-width: none; }
-.card { background: #fff; border: 1px solid #e2e6eb; border-radius: 10px; padding: 18px 20px; margin: 14px 0; overflow-x: auto; }
 .slices { border-collapse: separate; border-spacing: 8px 8px; margin: -4px auto; width: 100%; max-width: 1000px; }
 .slices th { font-weight: 600; font-size: 15px; padding: 2px 6px; }
 .slices th[scope=row] { text-align: left; max-width: 8.5em; }
 .slices td { width: 22%; text-align: center; font-size: 14px; color: #55616e; font-variant-numeric: tabular-nums; }
 img.slice { display: block; width: 100%; image-rendering: pixelated; border-radius: 6px; margin-bottom: 3px; }
-img.chart { display: block; width: 100%; max-width: 940px; margin: 0 auto; }
 .legend { display: flex; gap: 22px; flex-wrap: wrap; margin: 12px 8px 0; font-size: 14.5px; }
 .legend i { display: inline-block; width: 14px; height: 14px; border-radius: 3px; margin-right: 7px; vertical-align: -2px; }
-table.numbers { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
-.numbers th, .numbers td { padding: 7px 7px; text-align: right; border-bottom: 1px solid #e8ebef; }
-.numbers th:first-child { text-align: left; white-space: nowrap; }
-.numbers thead th { color: #55616e; font-weight: 600; border-bottom: 2px solid #cfd6dd; }
 .numbers .group { border-left: 1px solid #e2e6eb; }
 .numbers .better { font-weight: 700; }
-pre { background: #fff; border: 1px solid #e2e6eb; border-radius: 10px; padding: 14px 18px; font-size: 13px;
-      white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 
@@ -251,16 +216,7 @@ def _page(results: Mapping[str, Any], rows: Sequence[Row], bars: bytes, curves: 
                "say nothing about either method.</p>") if results["quick"] else ""
     versions = html.escape(", ".join(f"{name} {version}" for name, version in results["versions"].items()))
     commands = html.escape("\n".join(results["commands"]))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>dropgen_fast demo: DropGen beside ERM</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>DropGen beside ERM, from one contrast to others</h1>
+    return document("dropgen_fast demo: DropGen beside ERM", f"""<h1>DropGen beside ERM, from one contrast to others</h1>
 <p class="run">{escaped['steps']} training steps each, seed {escaped['seed']}, {results['minutes']:.1f} minutes in all ·
 DropGen: {escaped['variant']} · ERM: the same network and recipe with the image alone</p>
 {warning}
@@ -276,12 +232,12 @@ over the three tissues (whole volume).</p>
 
 <h2>Dice by contrast</h2>
 <p class="note">Bars: mean over test subjects of the mean over the three tissues; dots: single subjects.</p>
-<div class="card">{_img(bars, _bars_alt(results), "chart")}</div>
+<div class="card">{picture(bars, _bars_alt(results), "chart")}</div>
 <div class="card">{_number_table(results)}</div>
 
 <h2>Learning curves</h2>
 <p class="note">Validation is on the source contrast only: no target image takes part in any choice.</p>
-<div class="card">{_img(curves, "Training loss and validation Dice of ERM and DropGen against the step", "chart")}</div>
+<div class="card">{picture(curves, "Training loss and validation Dice of ERM and DropGen against the step", "chart")}</div>
 
 <h2>What this shows, and what not</h2>
 <p>The heads are the ICBM152 T1 template (an average of 152 people, from nilearn's package) under random smooth deformations;
@@ -291,10 +247,7 @@ the evaluation folders beside this page.</p>
 
 <h2>The commands that were run</h2>
 <pre>{commands}</pre>
-<p class="note">{versions}</p>
-</body>
-</html>
-"""
+<p class="note">{versions}</p>""", STYLE)
 
 
 def _slice_table(rows: Sequence[Row]) -> str:
@@ -302,9 +255,9 @@ def _slice_table(rows: Sequence[Row]) -> str:
     body = []
     for row in rows:
         title = DOMAINS[row.domain].title
-        cells = [_img(_slice_png(row.image), f"{title}: the image", "slice") + "&nbsp;",
-                 _img(_slice_png(row.truth), f"{title}: the true tissues", "slice") + "&nbsp;"]
-        cells += [_img(_slice_png(pixels), f"{title}: what {METHODS[m]} predicts, Dice {row.dice[m]:.2f}", "slice")
+        cells = [picture(_slice_png(row.image), f"{title}: the image", "slice") + "&nbsp;",
+                 picture(_slice_png(row.truth), f"{title}: the true tissues", "slice") + "&nbsp;"]
+        cells += [picture(_slice_png(pixels), f"{title}: what {METHODS[m]} predicts, Dice {row.dice[m]:.2f}", "slice")
                   + f"Dice {row.dice[m]:.2f}" for m, pixels in row.predictions.items()]
         body.append(f'<tr><th scope="row">{html.escape(title)}</th>{"".join(f"<td>{c}</td>" for c in cells)}</tr>')
     return f'<table class="slices"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
