@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ STEPS, CLASSES, SIDE = 20, 4, 16
 def batch(number: int) -> tuple[Tensor, Tensor]:
     """Two patches of waves in [0, 1] and their level sets, by formula: no generator has a part in them."""
     z, y, x = torch.meshgrid(*[torch.arange(SIDE, dtype=torch.float64)] * 3, indexing="ij")
-    waves = [torch.sin(0.3 * (z + k) + 0.2 * (y - number)) + torch.cos(0.25 * x * (1 + 0.1 * k) + number) for k in range(2)]
+    waves = [torch.sin(0.3 * (z + k) + 0.2 * y + 0.1 * number) + torch.cos(0.25 * x * (1 + 0.1 * k)) for k in range(2)]
     image = torch.stack([(wave - wave.min()) / (wave.max() - wave.min()) for wave in waves])[:, None]
     return image.float(), (image * CLASSES).clamp(max=CLASSES - 1).to(torch.uint8)
 
@@ -36,7 +37,7 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
 def losses(method: Method, perturbation: int = 0) -> list[float]:
     """Of each step; `perturbation` > 0 seeds a change of every voxel by some 1e-7 of itself."""
     settings = ModelConfig(method=method, fusion=FusionConfig(p=(0.5,)), precision="fp32",
-                           network_options=("base_channels=4", "downsamplings=2"))
+                           network_options=("base_channels=8", "downsamplings=1"))
     torch.manual_seed(0)
     model = build_model(settings, image_channels=1, classes=CLASSES, patch=(SIDE,) * 3).train()
     config = TrainConfig(store=Path(), out=Path(), model=settings, steps=STEPS, learning_rate=1e-3, warmup_steps=3, clip_norm=5.0)
@@ -51,6 +52,15 @@ def losses(method: Method, perturbation: int = 0) -> list[float]:
     return found
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums have the same order on every machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_are_what_they_were(method: Method) -> None:
     """As far as rounding lets two trainings agree: ten times what a change of the images by 1e-7 does (see test_step.py)."""
@@ -58,9 +68,9 @@ def test_losses_are_what_they_were(method: Method) -> None:
     plain = np.array(losses(method))
     apart = np.max([np.abs(np.array(losses(method, seed)) / plain - 1) for seed in (1, 2, 3)], 0)
     tolerance = 10 * np.maximum.accumulate(apart) + 1e-6
-    assert tolerance.max() < 5e-3
+    assert tolerance.max() < 2e-2
     assert (np.abs(plain / golden - 1) <= tolerance).all(), (plain.tolist(), golden.tolist(), tolerance.tolist())
-    assert golden[-1] < 0.95 * golden[0]
+    assert golden[-1] < 0.8 * golden[0]
 
 
 def test_the_methods_are_told_apart() -> None:

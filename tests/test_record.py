@@ -200,7 +200,7 @@ def test_a_panel_shows_what_it_is_given() -> None:
     assert shown.dtype == np.uint8
     assert shown.shape[2] == 3
     height, width = shown.shape[:2]
-    plane = height * (2 / 3) / (2 / 3 + 2)  # extents of 30, 20 and 30 mm: the axial plane is 2/3 as high as wide, the others 1 and 1.5
+    plane = height * (2 / 3) / (2 / 3 + 1 + 1.5)  # extents of 30, 20 and 30 mm: so high are the planes, in their widths
 
     def places(colour: np.ndarray) -> np.ndarray:
         """(row, column) of the axial plane's pixels of that hue."""
