@@ -95,8 +95,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=["dropgen_fast", "dropgen_fast.bench", "dropgen_fast.data", "dropgen_fast.demo", "dropgen_fast.features",
-              "dropgen_fast.presets",
-              "dropgen_fast.kernels", *OPS],
+              "dropgen_fast.presets", "dropgen_fast.record", "dropgen_fast.scoring", "dropgen_fast.kernels", *OPS],
     package_dir={"dropgen_fast": "dropgen_fast", "dropgen_fast.kernels": "kernels"},
     package_data={"dropgen_fast": ["py.typed"], "dropgen_fast.presets": ["*.yaml"],
                   "dropgen_fast.kernels": ["*.h"],
@@ -108,13 +107,15 @@ setup(
                       "tyro>=0.9", "pyyaml>=6", "tqdm>=4.66", "tensorboard>=2.15", "matplotlib>=3.8",
                       "safetensors>=0.4", "huggingface-hub>=0.26"],
     extras_require={  # one of cpu, cuda13 and cuda12, then what else is wanted
-        "cuda13": ["nvidia-dali-cuda130>=1.50", "cupy-cuda13x>=13.6"],
-        "cuda12": ["nvidia-dali-cuda120>=1.50", "cupy-cuda12x>=13"],
+        "cuda13": ["nvidia-dali-cuda130>=1.50", "cupy-cuda13x>=13.6", "nvidia-ml-py>=12"],
+        "cuda12": ["nvidia-dali-cuda120>=1.50", "cupy-cuda12x>=13", "nvidia-ml-py>=12"],
         "cpu": ["nvidia-dali-cuda130>=1.50"],  # DALI's CPU backend: needs no GPU and no driver
         "cluster": ["distributed>=2024.1"],  # prepare over several machines
+        "wandb": ["wandb>=0.17"],  # train --wandb
         "demo": ["nilearn>=0.10.4"],  # its wheel carries the ICBM152 template
         "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.13", "types-PyYAML",
-                 "distributed>=2024.1", "nnunetv2>=2.8"],  # the trainer of docs/fuse_streams.md runs in the real one
+                 "distributed>=2024.1", "wandb>=0.17",
+                 "nnunetv2>=2.8"],  # the trainer of docs/fuse_streams.md runs in the real one
     },
     entry_points={"console_scripts": ["dropgen-fast = dropgen_fast.cli:main"]},
 )

@@ -15,9 +15,9 @@ from dropgen_fast.errors import InputError
 
 COMMANDS = {
     "prepare": "resample a cohort of NIfTI files into a store that training reads by region",
-    "train": "train DropGen, or ERM to compare with, on a prepared store",
+    "train": "train DropGen, or ERM to compare with, on a prepared store, on one or many GPUs",
     "predict": "segment NIfTI images with a trained run, in their original geometry",
-    "evaluate": "score predictions against labels: Dice and HD95 per case and class",
+    "evaluate": "score predictions against labels: Dice, HD95, surface Dice, volumes; intervals, and a test between two runs",
     "bench": "measure speed on this machine beside what one would write instead, as rows, a table and a picture",
     "demo": "the whole of it on real MR data that ships with a dependency, with a report at the end",
 }

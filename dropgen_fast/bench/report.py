@@ -37,27 +37,28 @@ INK, FAINT = "#1c2733", "#d9dee4"
 
 def rows(result: OpResult, facts: Mapping[str, Any]) -> list[Row]:
     """Every row of a run; `facts` go into each: device, versions, commit, date."""
-    made = [_row("device.copy_gb_s", _over_all([m.copy_gb_s for m in result.measured]), "GB/s", facts),
-            _row("device.matrix_gflop_s", result.matrix_gflop_s, "GFLOP/s", facts)]
+    made = [make_row("device.copy_gb_s", _over_all([m.copy_gb_s for m in result.measured]), "GB/s", facts),
+            make_row("device.matrix_gflop_s", result.matrix_gflop_s, "GFLOP/s", facts)]
     for m in result.measured:
         about = {**facts, "case": {**m.case.fields(), "direction": m.direction, "backend": m.backend}, "taken_by": m.taken_by,
                  "rounds": m.rounds, "bytes": m.work.compulsory_bytes, "bytes_moved": m.work.bytes_moved,
                  "copy_gb_s": m.copy_gb_s.median}
         for what, (spread, unit, way) in _values(m).items():
-            made.append(_row(f"op.{m.direction}.{what}.{m.case.name}{_backend(m)}", spread, unit,
+            made.append(make_row(f"op.{m.direction}.{what}.{m.case.name}{_backend(m)}", spread, unit,
                              {**about, "peak_bytes": m.peak_bytes[way]}))
     for group in _groups(result.measured):
         first = group[0]
         layout = "" if first.case.layout == "contiguous" else f".{first.case.layout}"
         about = {**facts, "cases": [m.case.name for m in group], "backend": first.backend}
         for what, spread in _means(group).items():
-            made.append(_row(f"op.{first.direction}.{what}{layout}{_backend(first)}", spread, "ratio", about))
+            made.append(make_row(f"op.{first.direction}.{what}{layout}{_backend(first)}", spread, "ratio", about))
     return made
 
 
-def _row(name: str, spread: Spread, unit: str, about: Mapping[str, Any]) -> Row:
+def make_row(name: str, spread: Spread, unit: str, about: Mapping[str, Any]) -> Row:
+    """A row of any suite; of a ratio it says whether anything may be claimed of it."""
     row = {"name": name, "value": spread.median, "unit": unit, "low": spread.low, "high": spread.high, **about}
-    if ".x_" in name:
+    if ".x_" in name or "_over_" in name:
         row["claim"] = spread.verdict() == "claim"
     return row
 

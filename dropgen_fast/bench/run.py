@@ -16,16 +16,18 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from dropgen_fast.bench import machine, report
+from dropgen_fast.bench import machine, report, step
 from dropgen_fast.bench.measure import Meter
 from dropgen_fast.bench.op import OpConfig
 from dropgen_fast.bench.op import run as measure_op
+from dropgen_fast.bench.step import StepConfig
 from dropgen_fast.errors import InputError
 from dropgen_fast.files import write_atomically
 from dropgen_fast.inference import choose_device
 
 SECONDS, QUICK_SECONDS = 36.0, 3.0
 QUICK_SIZE, QUICK_STRIDE = 32, 2
+QUICK_NETWORK = ("base_channels=4", "downsamplings=3")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class BenchConfig:
     """Measure speed on this machine, side by side with what one would write instead, and keep it as rows."""
 
     suite: str = "op"
-    """What to measure: op (the fusion op)."""
+    """What to measure: op (the fusion op), step (an optimizer step of DropGen, of ERM and of the plain recipe)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:<n>."""
     threads: int | None = None
@@ -47,9 +49,11 @@ class BenchConfig:
     picture: Path | None = None
     """File for a roofline and the bandwidths as PNG."""
     quick: bool = False
-    """A smoke test: 32³ voxels, stride 2, few rounds, unless said otherwise; numbers that mean little."""
+    """A smoke test: 32³ voxels, stride 2, a small network, few rounds, unless said otherwise; numbers that mean little."""
     op: Annotated[OpConfig, tyro.conf.arg(name="")] = field(default_factory=OpConfig)
     """Options of the suite op."""
+    step: StepConfig = field(default_factory=StepConfig)
+    """Options of the suite step."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,19 @@ def run_op(config: BenchConfig, meter: Meter, facts: dict[str, Any], seconds: fl
     return Outcome(report.screen(result, facts), report.rows(result, facts), lambda: report.picture(result, facts))
 
 
-SUITES: dict[str, Suite] = {"op": run_op}
+def run_step(config: BenchConfig, meter: Meter, facts: dict[str, Any], seconds: float) -> Outcome:
+    """The suite "step"."""
+    options = config.step
+    if config.quick:
+        options = dataclasses.replace(options, patch=options.patch or (QUICK_SIZE,) * 3,
+                                      network_options=options.network_options or QUICK_NETWORK)
+    result = step.run(options, meter, seconds, lambda text: print(f"step {text}", file=sys.stderr, flush=True))
+    about = {**facts, "case": step.fields(result.config), "rounds": result.rounds}
+    rows = [report.make_row(name, spread, unit, about) for name, (spread, unit) in step.values(result).items()]
+    return Outcome(step.screen(result), rows, lambda: step.picture(result))
+
+
+SUITES: dict[str, Suite] = {"op": run_op, "step": run_step}
 
 
 def bench(config: BenchConfig) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -143,6 +144,11 @@ def picture(result: StepResult) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, dpi=120)
     return png.getvalue()
+
+
+def fields(config: StepConfig) -> dict[str, Any]:
+    """As rows have it."""
+    return {**dataclasses.asdict(config), "network": "unet"}
 
 
 def _name(stride: int) -> str:
