@@ -49,10 +49,12 @@ class DropGen(nn.Module):
         `features` (N, Cf, d, h, w), where they are at hand, take the place of the extractor's.
         """
         with torch.no_grad():
-            if features is None and self.extractor is not None:
-                features = self.extractor(image)
-            fused: Tensor = self.fusion(image, features, keep)
+            fused: Tensor = self.fusion(image, features if features is not None else self.features(image), keep)
         return fused
+
+    def features(self, image: Tensor) -> Tensor | None:
+        """The extractor's features (N, Cf, d, h, w) of an image (N, Ci, D, H, W) in [0, 1]; None without an extractor."""
+        return self.extractor(image) if self.extractor is not None else None
 
     def forward(self, image: Tensor, keep: Tensor | None = None, *, features: Tensor | None = None) -> Any:
         """Class scores (N, classes, D, H, W) of an image (N, Ci, D, H, W) in [0, 1]; `keep` fixes the draw.

@@ -26,6 +26,9 @@ from dropgen_fast.model import DropGen
 GRAPH_WARM_UP = 3
 """Steps before the capture: libraries choose their algorithms and the allocator finds its sizes."""
 
+PARTS = ("extractor", "fusion", "forward", "backward", "optimizer")
+"""Of a step, in their order: forward is network and loss, optimizer all that comes after the gradients."""
+
 Pair = tuple[Tensor, Tensor]
 """Image (N, Ci, D, H, W) float32 in [0, 1] and label (N, 1, D, H, W) uint8."""
 
@@ -83,6 +86,8 @@ class TrainingStep:
         # The sum of the losses and the number of the steps, since `take`, that were not skipped; those that were, and in a row.
         self._counts = {"loss": zero.clone(), "steps": zero.clone(), "skipped": zero.clone(), "in_a_row": zero.clone()}
         self._graph: _Graph | None = _Graph(self._step, ranks.device) if config.cuda_graph else None
+        self.observe: Callable[[str], None] = _nobody
+        """Called at the end of each of `PARTS`, for each batch in turn; for measurements."""
 
     def __call__(self, batches: Sequence[Pair], number: int) -> Tensor:
         """Step `number`, counted from 0, on `accumulate` batches; its mean loss (), on the device."""
@@ -157,6 +162,7 @@ class TrainingStep:
             value.copy_(torch.where(skipped.bool(), old, value))
         self._average()
         self._count(loss, skipped)
+        self.observe("optimizer")
         return loss
 
     def _backward(self, image: Tensor, label: Tensor, batches: int) -> Tensor:
@@ -164,8 +170,14 @@ class TrainingStep:
         half = self.model.fusion.dtype == torch.bfloat16
         # Within a capture no cast weight may be kept for later.
         with torch.autocast(self._device.type, torch.bfloat16, enabled=half, cache_enabled=self._graph is None):
-            loss: Tensor = self._core(self.model.fused(image), label) / batches
+            features = self.model.features(image)
+            self.observe("extractor")
+            fused = self.model.fused(image, features=features)
+            self.observe("fusion")
+            loss: Tensor = self._core(fused, label) / batches
+            self.observe("forward")
         loss.backward()
+        self.observe("backward")
         return loss.detach()
 
     def _average(self) -> None:
@@ -189,6 +201,10 @@ class TrainingStep:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
+
+
+def _nobody(part: str) -> None:
+    """Nobody observes."""
 
 
 class _Graph:

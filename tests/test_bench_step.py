@@ -12,6 +12,7 @@ from dropgen_fast.bench import run as bench
 from dropgen_fast.bench import step
 from dropgen_fast.bench.measure import Spread, Times
 from dropgen_fast.cli import run
+from dropgen_fast.step import PARTS
 
 TINY = ["--suite", "step", "--quick", "--device", "cpu", "--rounds", "2", "--step.patch", "16", "16", "16"]
 
@@ -27,6 +28,9 @@ def test_a_run_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert isinstance(ratio["claim"], bool)
     assert {"device", "commit", "torch", "threads"} <= set(ratio)
     assert rows["step.ms.erm"]["unit"] == "ms"
+    parts = [rows[f"step.ms.dropgen.{part}"]["value"] for part in PARTS]
+    assert min(parts) >= 0
+    assert sum(parts) == pytest.approx(rows["step.ms.dropgen"]["value"], rel=0.5)  # medians of parts are not parts of a median
     assert "dropgen_over_erm" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -34,11 +38,20 @@ def test_a_run_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_every_way_trains_and_erm_sees_the_image_alone() -> None:
     config = step.resolved(step.StepConfig(patch=(16, 16, 16), network_options=("base_channels=4", "downsamplings=2")),
                            torch.device("cpu"))
-    image, label = step._batches(config, torch.device("cpu"))[0]
-    for way in (step._ours(config, torch.device("cpu"), "erm", 1), step._ours(config, torch.device("cpu"), "dropgen", 2),
-                step._recipe(config, torch.device("cpu"), compiled=False)):
-        losses = [float(way(image, label)) for _ in range(30)]
-        assert losses[-1] < losses[0]
+    cpu, marks = torch.device("cpu"), []
+    batches = step.ready_batches(config, cpu)
+    ways = {"erm": step._ours(config, cpu, "erm", 1, batches), "dropgen": step._ours(config, cpu, "dropgen", 2, batches),
+            "recipe": step._recipe(config, cpu, batches, compiled=False)}
+    for name, way in ways.items():
+        marks.clear()
+        way(0, 0, lambda: marks.append(None))
+        assert len(marks) == (2 if name == "recipe" else 1 + len(PARTS))
+    training = step.training_step(config, cpu, "dropgen", 2)
+    before = [p.clone() for p in training.model.network.parameters()]
+    losses = [float(training([batches[0]], number)) for number in range(30)]
+    assert losses[-1] < losses[0]
+    assert not any(torch.equal(p, old) for p, old in zip(training.model.network.parameters(), before, strict=True))
+    image = batches[0][0]
     models = {method: step._model(config, torch.device("cpu"), method, 1)[0] for method in ("erm", "dropgen")}
     assert models["erm"].extractor is None
     assert models["dropgen"].fused(image).shape[1] == 13
@@ -47,7 +60,7 @@ def test_every_way_trains_and_erm_sees_the_image_alone() -> None:
 def test_ratios_are_taken_within_rounds() -> None:
     """The second round is ten times as slow for all: no ratio changes."""
     config = step.StepConfig(strides=(1, 2))
-    times = Times({name: [[0, ms], [0, 10 * ms]] for name, ms in
+    times = Times({name: [[0, ms / 2, ms], [0, 5 * ms, 10 * ms]] for name, ms in
                    {"erm": 10.0, "dropgen": 15.0, "dropgen_stride2": 11.0, "recipe": 45.0, "recipe_compile": 30.0}.items()})
     ratios = step._ratios(config, times)
     assert {name: spread.median for name, spread in ratios.items()} == pytest.approx(
@@ -57,7 +70,7 @@ def test_ratios_are_taken_within_rounds() -> None:
 
 def test_a_ratio_that_its_spread_does_not_allow_is_not_printed() -> None:
     def result(spread: Spread) -> str:
-        return step.screen(step.StepResult(step.StepConfig(patch=(8, 8, 8)), {}, {"x_recipe": spread}, {}, 5))
+        return step.screen(step.StepResult(step.StepConfig(patch=(8, 8, 8)), {}, {}, {"x_recipe": spread}, {}, 5))
 
     assert "2.00" in result(Spread(2.0, 1.9, 2.1))
     assert "1.30 " not in result(Spread(1.3, 1.05, 1.6))

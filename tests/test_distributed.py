@@ -89,11 +89,11 @@ def one_process(store: Path, out: Path, perturbation: int = 0) -> np.ndarray:
     states = [torch.get_rng_state(), torch.manual_seed(config.seed + 1).get_state()]
     fused, noise = trainer.model.fused, torch.Generator().manual_seed(perturbation)
 
-    def fused_by_halves(image: Tensor) -> Tensor:
+    def fused_by_halves(image: Tensor, *, features: Tensor) -> Tensor:
         parts = []
-        for rank, half in enumerate(image.split(SAMPLES)):
+        for rank, (half, of_half) in enumerate(zip(image.split(SAMPLES), features.split(SAMPLES), strict=True)):
             torch.set_rng_state(states[rank])
-            parts.append(fused(half))
+            parts.append(fused(half, features=of_half))
             states[rank] = torch.get_rng_state()
         return torch.cat(parts)
 

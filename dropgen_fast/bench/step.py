@@ -1,11 +1,15 @@
-"""The suite "step": an optimizer step of DropGen, of ERM, and of the method's recipe in plain torch, with batches at hand."""
+"""The suite "step": an optimizer step of DropGen, of ERM, and of the method's recipe in plain torch, with batches at hand.
+
+Each round runs one step of each way, on the same batch. Ours tells when each of its parts ends (`TrainingStep.observe`), so that
+the parts are those of the very steps whose ratio is taken.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import io
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +25,14 @@ from dropgen_fast.distributed import Ranks
 from dropgen_fast.errors import InputError
 from dropgen_fast.losses import build_loss
 from dropgen_fast.model import DropGen, ModelConfig, build_model
-from dropgen_fast.step import TrainingStep
+from dropgen_fast.page import COLOURS, INK, plain_axes, to_png
+from dropgen_fast.step import PARTS, TrainingStep
 
 PATCHES = {"cpu": (64, 64, 64), "cuda": (128, 128, 128)}
 BATCHES = {"cpu": 1, "cuda": 4}
 PRECISIONS = {"cpu": "fp32", "cuda": "bf16"}
 READY = 3  # batches, used in turn
+Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,12 @@ class StepConfig:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Milliseconds and ratios by name."""
+    """Milliseconds and ratios by name of the way."""
 
     config: StepConfig
     ms: Mapping[str, Spread]
+    parts: Mapping[str, Mapping[str, Spread]]
+    """Of each way that is ours, by name: milliseconds of each of `step.PARTS`."""
     ratios: Mapping[str, Spread]
     peak_bytes: Mapping[str, int | None]
     rounds: int
@@ -84,14 +92,13 @@ def run(config: StepConfig, meter: Meter, seconds: float, progress: Callable[[st
         InputError: an option that does not fit, or a step too large for the memory.
     """
     config = resolved(config, meter.device)
-    batches = _batches(config, meter.device)
-    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"erm": _ours(config, meter.device, "erm", 1)}
+    batches = ready_batches(config, meter.device)
+    runs: dict[str, Run] = {"erm": _ours(config, meter.device, "erm", 1, batches)}
     for stride in config.strides:
-        ways[_name(stride)] = _ours(config, meter.device, "dropgen", stride)
-    ways["recipe"] = _recipe(config, meter.device, compiled=False)
+        runs[_name(stride)] = _ours(config, meter.device, "dropgen", stride, batches)
+    runs["recipe"] = _recipe(config, meter.device, batches, compiled=False)
     if config.compile:
-        ways["recipe_compile"] = _recipe(config, meter.device, compiled=True)
-    runs: dict[str, Run] = {name: _run(way, batches) for name, way in ways.items()}
+        runs["recipe_compile"] = _recipe(config, meter.device, batches, compiled=True)
     peaks: dict[str, int | None] = {}
     try:
         for name, way in runs.items():
@@ -103,9 +110,10 @@ def run(config: StepConfig, meter: Meter, seconds: float, progress: Callable[[st
         raise InputError(f"a step of {config.batch} patches of {config.patch} does not fit the memory of {meter.device}; "
                          "take a smaller --step.patch or --step.batch") from error
     times = meter.interleave(runs, seconds)
-    ms = {name: times.ms(name, 0, 1) for name in runs}
-    spreads = {name: Spread.of(values) for name, values in ms.items()}
-    return StepResult(config, spreads, _ratios(config, times), peaks, times.rounds)
+    ms = {name: Spread.of(times.ms(name, 0, -1)) for name in runs}
+    parts = {name: {part: Spread.of(times.ms(name, k, k + 1)) for k, part in enumerate(PARTS)}
+             for name in runs if not name.startswith("recipe")}
+    return StepResult(config, ms, parts, _ratios(config, times), peaks, times.rounds)
 
 
 def screen(result: StepResult) -> str:
@@ -118,6 +126,11 @@ def screen(result: StepResult) -> str:
         peak = result.peak_bytes[name]
         lines.append(f"{name:<18}{spread.median:>10.1f}{f'{spread.low:.1f} – {spread.high:.1f}':>20}"
                      f"{'-' if peak is None else f'{peak / 2**30:.2f}':>10}")
+    lines += ["", f"{'ms (share of the step)':<26}" + "".join(f"{part:>16}" for part in PARTS)]
+    for name, parts in result.parts.items():
+        cells = [f"{spread.median:.1f} ({100 * spread.median / result.ms[name].median:.0f} %)" for spread in parts.values()]
+        lines.append(f"{name:<26}" + "".join(f"{cell:>16}" for cell in cells))
+    lines.append("")
     for name, spread in result.ratios.items():
         text = {"claim": f"{spread.median:.2f}", "one": "no difference", "unclear": "unclear"}[spread.verdict()]
         lines.append(f"{name:<34}{text:>14}  ({spread.low:.2f} – {spread.high:.2f})")
@@ -127,23 +140,28 @@ def screen(result: StepResult) -> str:
 def values(result: StepResult) -> dict[str, tuple[Spread, str]]:
     """Name of each row to its value and unit."""
     return ({f"step.ms.{name}": (spread, "ms") for name, spread in result.ms.items()}
+            | {f"step.ms.{name}.{part}": (spread, "ms") for name, parts in result.parts.items() for part, spread in parts.items()}
             | {f"step.{name}": (spread, "ratio") for name, spread in result.ratios.items()})
 
 
 def picture(result: StepResult) -> bytes:
-    """The times as bars, a PNG."""
-    figure = Figure(figsize=(7, 0.6 * len(result.ms) + 1.2), layout="constrained")
+    """The timeline of a step in each way, one part after the other, a PNG; whiskers are the quartiles of the whole."""
+    figure = Figure(figsize=(9.2, 0.5 * len(result.ms) + 1.5), layout="constrained")
     axes = figure.subplots()
-    names = list(result.ms)[::-1]
-    spreads = [result.ms[name] for name in names]
-    axes.barh(names, [s.median for s in spreads], color=["#D55E00" if n.startswith("recipe") else "#0072B2" for n in names],
-              xerr=[[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]], capsize=3)
-    axes.set_xlabel("ms a step, median and quartiles")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    png = io.BytesIO()
-    figure.savefig(png, dpi=120)
-    return png.getvalue()
+    for y, (name, whole) in enumerate(result.ms.items()):
+        parts = result.parts.get(name)
+        begin = 0.0
+        for k, (part, ms) in enumerate(parts.items() if parts is not None else [("", whole)]):
+            axes.barh(y, ms.median, left=begin, height=0.62, color=COLOURS[k] if part else COLOURS[6],
+                      label=part if part and name == "erm" else None)
+            begin += ms.median
+        axes.errorbar(whole.median, y, xerr=[[whole.median - whole.low], [whole.high - whole.median]], color=INK, capsize=3)
+    axes.set_yticks(range(len(result.ms)), list(result.ms))
+    axes.invert_yaxis()
+    axes.set_xlabel("ms, medians")
+    figure.legend(loc="outside lower center", ncols=len(PARTS), frameon=False, fontsize=9)
+    plain_axes(axes)
+    return to_png(figure, 120)
 
 
 def fields(config: StepConfig) -> dict[str, Any]:
@@ -157,7 +175,7 @@ def _name(stride: int) -> str:
 
 def _ratios(config: StepConfig, times: Times) -> dict[str, Spread]:
     def over(one: str, other: str) -> Spread:
-        return Spread.of(a / b for a, b in zip(times.ms(one, 0, 1), times.ms(other, 0, 1), strict=True))
+        return Spread.of(a / b for a, b in zip(times.ms(one, 0, -1), times.ms(other, 0, -1), strict=True))
 
     ratios = {("dropgen_over_erm" if s == 1 else f"dropgen_over_erm.stride{s}"): over(_name(s), "erm") for s in config.strides}
     ratios["x_recipe"] = over("recipe", "dropgen")
@@ -166,7 +184,8 @@ def _ratios(config: StepConfig, times: Times) -> dict[str, Spread]:
     return ratios
 
 
-def _batches(config: StepConfig, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+def ready_batches(config: StepConfig, device: torch.device) -> list[Batch]:
+    """Noise and random labels: (image (N, 1, D, H, W), label of that shape), used in turn."""
     generator = torch.Generator().manual_seed(0)
     shape = (config.batch or 1, 1, *(config.patch or ()))
     return [(torch.rand(shape, generator=generator).to(device),
@@ -182,15 +201,25 @@ def _model(config: StepConfig, device: torch.device, method: str, stride: int) -
     return model, TrainConfig(store=Path(), out=Path(), model=settings, compile=config.compile)
 
 
-def _ours(config: StepConfig, device: torch.device, method: str, stride: int) -> Callable[[Tensor, Tensor], Tensor]:
+def training_step(config: StepConfig, device: torch.device, method: str, stride: int) -> TrainingStep:
+    """Ours, with fresh weights."""
     model, training = _model(config, device, method, stride)
-    step = TrainingStep(model, build_loss(training.loss, training.loss_options, config.classes).to(device), training,
-                        Ranks(device=device))
-    number = iter(range(training.steps))
-    return lambda image, label: step([(image, label)], next(number))
+    loss = build_loss(training.loss, training.loss_options, config.classes).to(device)
+    return TrainingStep(model, loss, training, Ranks(device=device))
 
 
-def _recipe(config: StepConfig, device: torch.device, *, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
+def _ours(config: StepConfig, device: torch.device, method: str, stride: int, batches: Sequence[Batch]) -> Run:
+    step, numbers = training_step(config, device, method, stride), itertools.count()
+
+    def run(number: int, place: int, mark: Callable[[], None]) -> None:
+        step.observe = lambda part: mark()
+        mark()
+        step([batches[number % len(batches)]], next(numbers))
+
+    return run
+
+
+def _recipe(config: StepConfig, device: torch.device, batches: Sequence[Batch], *, compiled: bool) -> Run:
     """The same network, weights and extractor, in torch's own memory layout, as the reference trains it."""
     model, _ = _model(config, device, "dropgen", 1)
     network = copy.deepcopy(model.network).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -198,14 +227,10 @@ def _recipe(config: StepConfig, device: torch.device, *, compiled: bool) -> Call
     if compiled:
         network.compile()
         recipe.fused = torch.compile(recipe.fused)  # type: ignore[method-assign]
-    return recipe.step
 
-
-def _run(way: Callable[[Tensor, Tensor], Any], batches: list[tuple[Tensor, Tensor]]) -> Run:
     def run(number: int, place: int, mark: Callable[[], None]) -> None:
-        image, label = batches[number % len(batches)]
         mark()
-        way(image, label)
+        recipe.step(*batches[number % len(batches)])
         mark()
 
     return run
