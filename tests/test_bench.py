@@ -25,7 +25,7 @@ from dropgen_fast.kernels.fuse_streams.backends import choose
 
 CPU = torch.device("cpu")
 CASE = Case(batch=2, size=(8, 6, 10), stride=2, feature_channels=3, dtype="bfloat16", layout="contiguous", p=0.75)
-TINY = ["--device", "cpu", "--threads", "1", "--size", "12", "--batch", "1", "--feature-channels", "4"]
+TINY = ["--suite", "op", "--device", "cpu", "--threads", "1", "--size", "12", "--batch", "1", "--feature-channels", "4"]
 FACTS = {"device": "AMD EPYC 9999 96-Core Processor", "threads": 2, "load_average": 0.1, "dropgen_fast": "0.1.0",
          "torch": "2.13.0+cu130", "triton": "3.9.0", "monai": "1.6.1", "cuda": "13.0", "driver": "580.00.00",
          "commit": "0123456789abcdef-dirty", "date": "2026-01-01T00:00:00+00:00"}
@@ -119,13 +119,13 @@ def test_quick_is_small_unless_said_otherwise(quick, monkeypatch):
     monkeypatch.setattr(bench_run, "measure_op", lambda options, *rest: seen.append(options) or made_up())
     threads = torch.get_num_threads()
     for extra in ([], ["--size", "16"], ["--strides", "1", "4"]):
-        assert bench_run.main(["--device", "cpu", "--quick", "--threads", str(threads + 1), *extra]) == 0
+        assert bench_run.main(["--suite", "op", "--device", "cpu", "--quick", "--threads", str(threads + 1), *extra]) == 0
         assert torch.get_num_threads() == threads
     assert [(options.size, options.strides) for options in seen] == [((32,), (2,)), ((16,), (2,)), ((32,), (1, 4))]
 
 
 @pytest.mark.parametrize(("bad", "words"), [
-    (["--suite", "step"], "--suite must be one of op, got 'step'"),
+    (["--suite", "steps"], "--suite must be one of overview, op, step, all, got 'steps'"),
     (["--rounds", "0"], "--rounds must be at least 1, got 0"),
     (["--threads", "-1"], "--threads must be at least 1"),
     (["--seconds", "0"], "--seconds must be above 0"),
@@ -143,7 +143,7 @@ def test_quick_is_small_unless_said_otherwise(quick, monkeypatch):
 ])
 def test_wrong_input_is_one_line_before_anything_is_measured(bad, words, monkeypatch, capsys):
     monkeypatch.setattr(op, "_measure", lambda *_: pytest.fail("measured"))
-    assert run_cli("bench", bench_run.main, ["--device", "cpu", *bad]) == 2
+    assert run_cli("bench", bench_run.main, ["--suite", "op", "--device", "cpu", *bad]) == 2
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
@@ -151,7 +151,7 @@ def test_wrong_input_is_one_line_before_anything_is_measured(bad, words, monkeyp
 
 def test_a_backend_that_is_not_here_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(op, "available_backends", lambda: {"native": "no library was built", "triton": "", "reference": ""})
-    assert run_cli("bench", bench_run.main, ["--device", "cpu", "--backends", "native"]) == 2
+    assert run_cli("bench", bench_run.main, ["--suite", "op", "--device", "cpu", "--backends", "native"]) == 2
     assert "backend 'native' cannot be had here: no library was built" in capsys.readouterr().err
 
 

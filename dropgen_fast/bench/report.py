@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from dropgen_fast.bench.measure import Spread
 from dropgen_fast.bench.op import DIRECTIONS, OTHERS, Case, Measured, OpResult
+from dropgen_fast.page import FAINT, INK
 
 Row = dict[str, Any]
 
@@ -29,7 +30,6 @@ WAYS = {"ours": "fuse_streams", "eager": "eager", "compile": "torch.compile", "m
 # Okabe and Ito's colours, told apart with every common kind of colour vision.
 COLOURS = {"ours": "#0072B2", "eager": "#D55E00", "compile": "#009E73", "monai": "#8A8F98"}
 MARKERS = {"ours": "o", "eager": "s", "compile": "D", "monai": "v"}
-INK, FAINT = "#1c2733", "#d9dee4"
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -102,17 +102,30 @@ def _over_all(spreads: Sequence[Spread]) -> Spread:
 
 def screen(result: OpResult, facts: Mapping[str, Any]) -> str:
     """One screen: what was measured on what, a table for each direction, how to read it."""
+    lines = [*head(result, facts), *op_lines(result), "",
+             f"Median of {_rounds(result.measured)} rounds (quartiles). MB: 10⁶ bytes that must move at least. "
+             "× eager: its time over ours.",
+             "≈ 1: the quartiles include 1. unclear: they are wider than the distance from 1, so nothing is claimed."]
+    return "\n".join([*lines, *(f"{WAYS[way]} could not be run: {why}" for way, why in result.missing.items())])
+
+
+def head(result: OpResult, facts: Mapping[str, Any]) -> list[str]:
+    """The machine, the software, what a copy and a matrix product reached."""
     copy = _over_all([m.copy_gb_s for m in result.measured])
     hardware, software = (", ".join(f"{name} {facts[name]}" for name in names if facts[name]) for names in (
         ("cuda", "driver"), ("dropgen_fast", "torch", "triton", "monai")))
     commit = (facts["commit"] or "unknown")[:12] + ("-dirty" if str(facts["commit"]).endswith("-dirty") else "")
-    takers = sorted({f"{m.backend} is {m.taken_by}" for m in result.measured if m.backend != m.taken_by})
-    lines = [
+    return [
         f"device   {facts['device']}, {_threads(facts)}, load {facts['load_average']} at the start{hardware and f', {hardware}'}",
         f"with     {software}, commit {commit}",
         f"copy     {_range(copy)} GB/s read and written; float32 matrix product {_number(result.matrix_gflop_s.median)} GFLOP/s",
-        "; ".join([f"op       fuse_streams, {_problem(result.measured[0].case)}", *takers]),
     ]
+
+
+def op_lines(result: OpResult) -> list[str]:
+    """The op: a table for each direction."""
+    takers = sorted({f"{m.backend} is {m.taken_by}" for m in result.measured if m.backend != m.taken_by})
+    lines = ["; ".join([f"op       fuse_streams, {_problem(result.measured[0].case)}", *takers])]
     for direction in DIRECTIONS:
         groups = [g for g in _groups(result.measured) if g[0].direction == direction]
         lines += ["", _line(TITLES[direction], "ms", "MB", "share of copy", *(f"× {WAYS[way]}" for way in OTHERS))]
@@ -121,21 +134,18 @@ def screen(result: OpResult, facts: Mapping[str, Any]) -> str:
             lines += [_measured_line(m, named) for m in group]
             if len(group) > 1:
                 lines.append(_mean_line(group, named))
-    lines += ["", f"Median of {_rounds(result.measured)} rounds (quartiles). MB: 10⁶ bytes that must move at least. "
-              "× eager: its time over ours.",
-              "≈ 1: the quartiles include 1. unclear: they are wider than the distance from 1, so nothing is claimed."]
-    return "\n".join([*lines, *(f"{WAYS[way]} could not be run: {why}" for way, why in result.missing.items())])
+    return lines
 
 
 def _measured_line(m: Measured, named: str) -> str:
     return _line(_label(m.case) + named, _number(m.ms["ours"].median), _number(m.work.compulsory_bytes / 1e6), _percent(m.share),
-                 *(_ratio(m.ratios.get(way)) for way in OTHERS))
+                 *(ratio_text(m.ratios.get(way)) for way in OTHERS))
 
 
 def _mean_line(group: Sequence[Measured], named: str) -> str:
     means = _means(group)
     return _line("geometric mean" + named, "", "", _percent(means["share_of_bandwidth"]),
-                 *(_ratio(means.get(f"x_{way}")) for way in OTHERS))
+                 *(ratio_text(means.get(f"x_{way}")) for way in OTHERS))
 
 
 def _label(case: Case) -> str:
@@ -176,7 +186,8 @@ def _percent(spread: Spread) -> str:
     return f"{100 * spread.median:.0f} % ({100 * spread.low:.0f}-{100 * spread.high:.0f})"
 
 
-def _ratio(spread: Spread | None) -> str:
+def ratio_text(spread: Spread | None) -> str:
+    """A ratio and its quartiles; no number where its spread allows none."""
     if spread is None:
         return "-"
     spread_text = f"({_number(spread.low)}-{_number(spread.high)})"

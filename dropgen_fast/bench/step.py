@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dropgen_fast.bench.measure import Meter, Run, Spread, Times
 from dropgen_fast.bench.recipe import Recipe
+from dropgen_fast.bench.report import ratio_text
 from dropgen_fast.config import TrainConfig
 from dropgen_fast.distributed import Ranks
 from dropgen_fast.errors import InputError
@@ -124,7 +125,7 @@ def screen(result: StepResult) -> str:
              f"extractor {config.extractor}, {result.rounds} rounds", f"{'':<18}{'ms':>10}{'quartiles':>20}{'peak GiB':>10}"]
     for name, spread in result.ms.items():
         peak = result.peak_bytes[name]
-        lines.append(f"{name:<18}{spread.median:>10.1f}{f'{spread.low:.1f} – {spread.high:.1f}':>20}"
+        lines.append(f"{name:<18}{spread.median:>10.1f}{f'{spread.low:.1f} - {spread.high:.1f}':>20}"
                      f"{'-' if peak is None else f'{peak / 2**30:.2f}':>10}")
     lines += ["", f"{'ms (share of the step)':<26}" + "".join(f"{part:>16}" for part in PARTS)]
     for name, parts in result.parts.items():
@@ -132,8 +133,7 @@ def screen(result: StepResult) -> str:
         lines.append(f"{name:<26}" + "".join(f"{cell:>16}" for cell in cells))
     lines.append("")
     for name, spread in result.ratios.items():
-        text = {"claim": f"{spread.median:.2f}", "one": "no difference", "unclear": "unclear"}[spread.verdict()]
-        lines.append(f"{name:<34}{text:>14}  ({spread.low:.2f} – {spread.high:.2f})")
+        lines.append(f"{name:<34}{ratio_text(spread)}")
     return "\n".join(lines)
 
 

@@ -18,6 +18,8 @@ from dropgen_fast.files import write_atomically
 from dropgen_fast.page import COLOURS, document, picture, plain_axes, to_png
 
 Rows = Sequence[Mapping[str, Any]]
+FEW = 20
+"""Losses beyond which a running mean is drawn over them."""
 MANY = 8
 """Classes beyond which their curves have no names in the chart; the table has them all."""
 
@@ -51,7 +53,7 @@ def write_page(path: Path, name: str, settings: Mapping[str, Any], rows: Rows, p
         parts += ["<h2>Training</h2>", _card(picture(_training_chart(logged), "Loss and learning rate against the step")),
                   "<h2>Speed</h2>", _card(picture(_speed_chart(logged), "Patches per second and shares of the time")),
                   _card(_speed_table(logged))]
-    parts += ["<h2>Settings</h2>", f"<pre>{html.escape(yaml.safe_dump(dict(settings), sort_keys=False))}</pre>"]
+    parts += ["<h2>Settings</h2>", f"<pre>{html.escape(yaml.safe_dump(dict(settings), sort_keys=False, default_flow_style=None, width=100))}</pre>"]
     write_atomically(path, document(f"dropgen_fast: {name}", "\n".join(parts)))
 
 
@@ -105,9 +107,10 @@ def _training_chart(logged: Rows) -> bytes:
     figure = Figure(figsize=(9.2, 3.2), layout="constrained")
     loss, rate = figure.subplots(1, 2)
     steps, values = _series(logged, "loss")
-    loss.plot(steps, values, color=COLOURS[0], linewidth=0.8, alpha=0.4)
-    if len(values) > 20:
-        width = max(2, len(values) // 20)
+    many = len(values) > FEW
+    loss.plot(steps, values, color=COLOURS[0], linewidth=0.8 if many else 1.4, alpha=0.4 if many else 1)
+    if many:
+        width = len(values) // FEW + 1
         smooth = np.convolve(values, np.ones(width) / width, "valid")
         loss.plot(steps[width - 1:], smooth, color=COLOURS[0], linewidth=1.8)
     loss.set_title("loss, mean since the last row", fontsize=10, loc="left")
