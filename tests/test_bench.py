@@ -316,7 +316,7 @@ def test_spread_is_median_and_quartiles():
     (Spread(0.9, 0.7, 0.95), "unclear", "unclear (0.70-0.95)")])
 def test_a_ratio_is_claimed_only_where_its_spread_allows(spread, verdict, text):
     assert spread.verdict() == verdict
-    assert report._ratio(spread) == text
+    assert report.ratio_text(spread) == text
     assert report._row("op.forward.x_eager", spread, "ratio", {})["claim"] == (verdict == "claim")
 
 

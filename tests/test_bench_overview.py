@@ -31,7 +31,8 @@ def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_arguments_but_quick_is_one_screen_and_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {name: tmp_path / f"bench.{name}" for name in ("json", "html", "picture", "trace")}
     words = [word for name, path in files.items() for word in (f"--{name}", str(path))]
-    assert bench.main(["--quick", "--rounds", "2", "--device", "cpu", "--step.patch", "16", "16", "16", "--size", "12", *words]) == 0
+    small = ["--quick", "--rounds", "2", "--device", "cpu", "--step.patch", "16", "16", "16", "--size", "12"]
+    assert bench.main([*small, *words]) == 0
     screen = capsys.readouterr().out
     assert len(screen.splitlines()) <= 60
     assert max(map(len, screen.splitlines())) <= 130
@@ -56,11 +57,14 @@ def test_no_arguments_but_quick_is_one_screen_and_all_files(tmp_path: Path, caps
     assert {part: named.count(part) for part in PARTS} == dict.fromkeys(PARTS, 3)
 
 
-def made_up(parts: Mapping[str, float], *, loader_ms: float = 1.0, compiled: bool = False, precision: str = "fp32") -> OverviewResult:
+def made_up(
+    parts: Mapping[str, float], *, loader_ms: float = 1.0, compiled: bool = False, precision: str = "fp32",
+) -> OverviewResult:
     whole = sum(parts.values())
     of = {part: Spread(ms, ms, ms) for part, ms in parts.items()}
     config = step.StepConfig(patch=(8, 8, 8), batch=1, precision=precision, compile=compiled)
-    ms = {"erm": Spread(whole, whole, whole), "dropgen": Spread(whole, whole, whole), "dropgen_stride2": Spread(whole / 2, 0, whole)}
+    ms = {"erm": Spread(whole, whole, whole), "dropgen": Spread(whole, whole, whole),
+          "dropgen_stride2": Spread(whole / 2, 0, whole)}
     return OverviewResult(OpResult([], {}, Spread(1, 1, 1)), step.StepResult(config, ms, {"dropgen": of}, {}, {}, 5),
                           Spread(loader_ms, loader_ms, loader_ms), 2)
 
@@ -69,7 +73,7 @@ BALANCED = {"extractor": 5.0, "fusion": 5.0, "forward": 30.0, "backward": 50.0, 
 
 
 @pytest.mark.parametrize(("result", "gpu", "words"), [
-    (made_up(BALANCED, loader_ms=150), False, "loading: a batch takes 150 ms to load and 100 ms to train on; give more --loader-threads"),
+    (made_up(BALANCED, loader_ms=150), False, "a batch takes 150 ms to load and 100 ms to train on; give more --loader-threads"),
     (made_up({**BALANCED, "extractor": 100.0}), False, "--extractor-stride 2, which makes the step 0.50 times as long"),
     (made_up({**BALANCED, "optimizer": 80.0}), True, "the optimizer, 47 % of the step: more patches a step"),
     (made_up(BALANCED), False, "the network, 80 % of the step: arithmetic on AMD; a GPU"),
@@ -112,7 +116,8 @@ def test_only_like_is_compared_with_like() -> None:
     assert "1 rows have no earlier one" in latest
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "line 1: not a row"), ('{"name": "a"}', "line 1: not a row"), (None, "cannot be read")])
+@pytest.mark.parametrize(("text", "message"), [
+    ("{", "line 1: not a row"), ('{"name": "a"}', "line 1: not a row"), (None, "cannot be read")])
 def test_wrong_rows_are_one_line_before_anything_is_measured(
     text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
