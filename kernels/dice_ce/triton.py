@@ -51,55 +51,57 @@ def refuses(scores: Tensor) -> str:
     return ""
 
 
-def _steps(scores: Tensor) -> dict[str, int]:
-    """Classes, voxels, and the strides of either in the scores."""
-    n, classes = scores.shape[:2]
-    voxels = scores.shape[2] * scores.shape[3] * scores.shape[4]
-    last = not scores.is_contiguous()
-    return {"C": classes, "V": voxels, "class_step": 1 if last else voxels, "voxel_step": classes if last else 1}
+def _voxels(scores: Tensor) -> int:
+    return scores.shape[2] * scores.shape[3] * scores.shape[4]
 
 
-def _tile(classes: int) -> dict[str, int]:
-    lanes = triton.next_power_of_2(classes)
-    return {"LANES": lanes, "BLOCK": TILE // lanes}
+def _tile(scores: Tensor) -> dict[str, int]:
+    """What a kernel is compiled for. The classes are: channels-last they are the step that says whether vectors may be read."""
+    lanes = triton.next_power_of_2(scores.shape[1])
+    return {"C": scores.shape[1], "LAST": not scores.is_contiguous(), "LANES": lanes, "BLOCK": TILE // lanes}
 
 
 def forward(scores: Tensor, label: Tensor, loss: Tensor, coefficients: Tensor, *, include_background: bool) -> None:
     """Write `loss` () and `coefficients` (N, C, 2); scores are dense, contiguous or channels-last, the label contiguous."""
-    n, steps, tile = scores.shape[0], _steps(scores), _tile(scores.shape[1])
-    tiles = triton.cdiv(steps["V"], tile["BLOCK"])
+    n, voxels, tile = scores.shape[0], _voxels(scores), _tile(scores)
+    tiles = triton.cdiv(voxels, tile["BLOCK"])
     programs = min(PROGRAMS, tiles)
     sums = torch.empty((n, programs, 4, tile["LANES"]), dtype=torch.float32, device=scores.device)
     losses = torch.empty(n, dtype=torch.float32, device=scores.device)
     with on_device_of(scores):
-        _sums[(programs, n)](scores, label, sums, *steps.values(), triton.cdiv(tiles, programs), **tile, num_warps=WARPS)
-        _combine[(n,)](sums, losses, coefficients, programs, n, steps["C"], steps["V"], FIRST=int(not include_background),
-                       SMOOTH=SMOOTH, LANES=tile["LANES"], ROWS=max(1, min(ROWS, TILE // tile["LANES"])), num_warps=WARPS)
+        _sums[(programs, n)](scores, label, sums, voxels, triton.cdiv(tiles, programs), **tile, num_warps=WARPS)
+        _combine[(n,)](sums, losses, coefficients, programs, n, voxels, C=tile["C"], FIRST=int(not include_background),
+                       SMOOTH=SMOOTH, LANES=tile["LANES"], ROWS=min(ROWS, TILE // tile["LANES"]), num_warps=WARPS)
         torch.mean(losses, 0, out=loss)
 
 
 def backward(grad: Tensor, scores: Tensor, label: Tensor, coefficients: Tensor, grad_scores: Tensor) -> None:
     """Write `grad_scores`, dense as the scores are."""
-    n, steps, tile = scores.shape[0], _steps(scores), _tile(scores.shape[1])
+    n, voxels, tile = scores.shape[0], _voxels(scores), _tile(scores)
     with on_device_of(scores):
-        _gradient[(triton.cdiv(steps["V"], tile["BLOCK"]), n)](
-            grad, scores, label, coefficients, grad_scores, 1 / (n * steps["V"]), *steps.values(), **tile, num_warps=WARPS)
+        _gradient[(triton.cdiv(voxels, tile["BLOCK"]), n)](
+            grad, scores, label, coefficients, grad_scores, 1 / (n * voxels), voxels, **tile, num_warps=WARPS)
 
 
 if triton is not None:
 
     @triton.jit
-    def _classes(label, voxel, C, V):
+    def _classes(label, voxel, V, C: tl.constexpr):
         """Of the voxels of a tile, the class, or -1 where the label is none or there is no voxel."""
         y = tl.load(label + voxel, mask=voxel < V, other=0)
+        if y.dtype.primitive_bitwidth < 32:  # C may be no number of its type
+            y = y.to(tl.int32)
         known = (y >= 0) & (y < C) & (voxel < V)
         return tl.where(known, y, 0).to(tl.int32) - tl.where(known, 0, 1)
 
     @triton.jit
-    def _exponentials(scores, voxel, C, V, class_step, voxel_step, LANES: tl.constexpr):
+    def _exponentials(scores, voxel, V, C: tl.constexpr, LAST: tl.constexpr, LANES: tl.constexpr):
         """(offsets, which lie within, score - the voxel's greatest, its exponential); beyond the classes -inf and 0."""
         c = tl.arange(0, LANES)
-        at = (c.to(tl.int64) * class_step)[:, None] + (voxel.to(tl.int64) * voxel_step)[None, :]
+        if LAST:
+            at = c.to(tl.int64)[:, None] + (voxel.to(tl.int64) * C)[None, :]
+        else:
+            at = (c.to(tl.int64) * V)[:, None] + voxel.to(tl.int64)[None, :]
         within = (c < C)[:, None] & (voxel < V)[None, :]
         s = tl.load(scores + at, mask=within, other=0.0).to(tl.float32)
         s = tl.where((c < C)[:, None], s, float("-inf"))
@@ -107,10 +109,12 @@ if triton is not None:
         return at, within, x, tl.exp(x)
 
     @triton.jit
-    def _sums(scores, label, sums, C, V, class_step, voxel_step, tiles, LANES: tl.constexpr, BLOCK: tl.constexpr):
+    def _sums(
+        scores, label, sums, V, tiles, C: tl.constexpr, LAST: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    ):
         """Grid (programs, N). Of its share of a sample: Σ p over its class, Σ p, voxels, for each class; Σ -log p[y]."""
         n = tl.program_id(1).to(tl.int64)
-        scores += n * C * V
+        scores += n * V * C
         label += n * V
         c = tl.arange(0, LANES)
         hit = tl.zeros([LANES, BLOCK], tl.float32)
@@ -120,8 +124,8 @@ if triton is not None:
         for tile in range(tiles):
             # Programs take turns: what they read at a time lies together.
             voxel = (tile * tl.num_programs(0) + tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
-            y = _classes(label, voxel, C, V)
-            _, _, x, e = _exponentials(scores, voxel, C, V, class_step, voxel_step, LANES)
+            y = _classes(label, voxel, V, C)
+            _, _, x, e = _exponentials(scores, voxel, V, C, LAST, LANES)
             total = tl.sum(e, 0)
             is_class = y[None, :] == c[:, None]
             # In a voxel beyond the last no class is counted, in one of no class the surprise is no number.
@@ -151,8 +155,8 @@ if triton is not None:
 
     @triton.jit
     def _combine(
-        sums, losses, coefficients, programs, N, C, V, FIRST: tl.constexpr, SMOOTH: tl.constexpr, LANES: tl.constexpr,
-        ROWS: tl.constexpr,
+        sums, losses, coefficients, programs, N, V, C: tl.constexpr, FIRST: tl.constexpr, SMOOTH: tl.constexpr,
+        LANES: tl.constexpr, ROWS: tl.constexpr,
     ):
         """Grid (N,). The loss of a sample, and (hit, all) of its classes over N."""
         n = tl.program_id(0).to(tl.int64)
@@ -176,13 +180,13 @@ if triton is not None:
 
     @triton.jit
     def _gradient(
-        grad, scores, label, coefficients, grad_scores, share, C, V, class_step, voxel_step, LANES: tl.constexpr,
+        grad, scores, label, coefficients, grad_scores, share, V, C: tl.constexpr, LAST: tl.constexpr, LANES: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         """Grid (tiles, N). See the module's docstring."""
         n = tl.program_id(1).to(tl.int64)
-        scores += n * C * V
-        grad_scores += n * C * V
+        scores += n * V * C
+        grad_scores += n * V * C
         c = tl.arange(0, LANES)
         voxel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         upstream = tl.load(grad)
@@ -190,8 +194,8 @@ if triton is not None:
         hit = tl.load(coefficients, mask=c < C, other=0.0) * upstream
         everywhere = tl.load(coefficients + 1, mask=c < C, other=0.0) * upstream
         even = upstream * share
-        y = _classes(label + n * V, voxel, C, V)
-        at, within, _, e = _exponentials(scores, voxel, C, V, class_step, voxel_step, LANES)
+        y = _classes(label + n * V, voxel, V, C)
+        at, within, _, e = _exponentials(scores, voxel, V, C, LAST, LANES)
         p = e * (1.0 / tl.sum(e, 0))[None, :]
         is_class = y[None, :] == c[:, None]
         q = everywhere[:, None] + tl.where(is_class, hit[:, None], 0.0)
