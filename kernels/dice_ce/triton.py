@@ -29,7 +29,7 @@ try:
 except ImportError:  # the other backends do without
     triton = None
 
-TILE = 2048  # scores; not tuned: 16 of each thread, of which the forward holds four such sets
+TILE = 2048  # scores; not tuned: 16 of each thread, of which the forward holds three such sets
 WARPS = 4
 PROGRAMS = 1024  # of a sample
 ROWS = 64  # of partial sums that `_combine` reads together
@@ -66,7 +66,7 @@ def forward(scores: Tensor, label: Tensor, loss: Tensor, coefficients: Tensor, *
     n, voxels, tile = scores.shape[0], _voxels(scores), _tile(scores)
     tiles = triton.cdiv(voxels, tile["BLOCK"])
     programs = min(PROGRAMS, tiles)
-    sums = torch.empty((n, programs, 4, tile["LANES"]), dtype=torch.float32, device=scores.device)
+    sums = torch.empty((n, programs, 3, tile["LANES"]), dtype=torch.float32, device=scores.device)
     losses = torch.empty(n, dtype=torch.float32, device=scores.device)
     with on_device_of(scores):
         _sums[(programs, n)](scores, label, sums, voxels, triton.cdiv(tiles, programs), **tile, num_warps=WARPS)
@@ -112,14 +112,13 @@ if triton is not None:
     def _sums(
         scores, label, sums, V, tiles, C: tl.constexpr, LAST: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
     ):
-        """Grid (programs, N). Of its share of a sample: Σ p over its class, Σ p, voxels, for each class; Σ -log p[y]."""
+        """Grid (programs, N). Of its share of a sample: for each class Σ p over its voxels, and Σ p + its voxels; Σ -log p[y]."""
         n = tl.program_id(1).to(tl.int64)
         scores += n * V * C
         label += n * V
         c = tl.arange(0, LANES)
         hit = tl.zeros([LANES, BLOCK], tl.float32)
-        everywhere = tl.zeros([LANES, BLOCK], tl.float32)
-        count = tl.zeros([LANES, BLOCK], tl.float32)
+        both = tl.zeros([LANES, BLOCK], tl.float32)
         surprise = tl.zeros([BLOCK], tl.float32)
         for tile in range(tiles):
             # Programs take turns: what they read at a time lies together.
@@ -131,25 +130,23 @@ if triton is not None:
             # In a voxel beyond the last no class is counted, in one of no class the surprise is no number.
             p = tl.where((voxel < V)[None, :], e * (1.0 / total)[None, :], 0.0)
             hit += tl.where(is_class, p, 0.0)
-            everywhere += p
-            count += tl.where(is_class, 1.0, 0.0)
+            both += tl.where(is_class, p + 1.0, p)
             own = tl.sum(tl.where(is_class, x, 0.0), 0)
             own = tl.where(y >= 0, tl.log(total) - own, float("nan"))
             surprise += tl.where(voxel < V, own, 0.0)
-        sums += (n * tl.num_programs(0) + tl.program_id(0)) * (4 * LANES)
+        sums += (n * tl.num_programs(0) + tl.program_id(0)) * (3 * LANES)
         tl.store(sums + c, tl.sum(hit, 1))
-        tl.store(sums + LANES + c, tl.sum(everywhere, 1))
-        tl.store(sums + 2 * LANES + c, tl.sum(count, 1))
-        tl.store(sums + 3 * LANES + c, tl.sum(surprise, 0) + tl.zeros([LANES], tl.float32))
+        tl.store(sums + LANES + c, tl.sum(both, 1))
+        tl.store(sums + 2 * LANES + c, tl.sum(surprise, 0) + tl.zeros([LANES], tl.float32))
 
     @triton.jit
     def _column(sums, programs, which, LANES: tl.constexpr, ROWS: tl.constexpr):
-        """One of the four sums of a sample, over all programs: [LANES] float64."""
+        """One of the three sums of a sample, over all programs: [LANES] float64."""
         c = tl.arange(0, LANES)
         total = tl.zeros([ROWS, LANES], tl.float64)
         for first in range(0, programs, ROWS):
             row = first + tl.arange(0, ROWS)
-            at = (row * 4 + which)[:, None] * LANES + c[None, :]
+            at = (row * 3 + which)[:, None] * LANES + c[None, :]
             total += tl.load(sums + at, mask=(row < programs)[:, None], other=0.0).to(tl.float64)
         return tl.sum(total, 0)
 
@@ -160,12 +157,12 @@ if triton is not None:
     ):
         """Grid (N,). The loss of a sample, and (hit, all) of its classes over N."""
         n = tl.program_id(0).to(tl.int64)
-        sums += n * programs * (4 * LANES)
+        sums += n * programs * (3 * LANES)
         c = tl.arange(0, LANES)
         taken = (c >= FIRST) & (c < C)
         numerator = 2.0 * _column(sums, programs, 0, LANES, ROWS) + SMOOTH
-        denominator = _column(sums, programs, 1, LANES, ROWS) + _column(sums, programs, 2, LANES, ROWS) + SMOOTH
-        surprise = _column(sums, programs, 3, LANES, ROWS) / V  # the same for every class
+        denominator = _column(sums, programs, 1, LANES, ROWS) + SMOOTH
+        surprise = _column(sums, programs, 2, LANES, ROWS) / V  # the same for every class
         dice = tl.sum(tl.where(taken, 1.0 - numerator / denominator, 0.0), 0) / (C - FIRST)
         cross_entropy = tl.sum(tl.where(c == 0, surprise, 0.0), 0)
         tl.store(losses + n, (dice + cross_entropy).to(tl.float32))
