@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
 from dropgen_fast.errors import InputError
+from dropgen_fast.kernels.dice_ce import dice_cross_entropy
 from dropgen_fast.networks import heads, import_object, keyword_options, one_line
 
-LOSSES: dict[str, Callable[..., Any]] = {"dice_ce": DiceCELoss}
-"""Losses that go by a name of their own."""
 GIVEN = {"include_background": False, "to_onehot_y": True, "softmax": True, "use_softmax": True}
 """Given to every loss that has an argument of that name (MONAI's words), unless an option says otherwise."""
 OTHER_ACTIVATIONS = ("sigmoid", "other_act")
@@ -30,6 +28,30 @@ TRIED_MARGIN = 1e-3
 Adapt = Callable[[Tensor], Tensor]
 
 
+class DiceCE(nn.Module):
+    """The mean Dice loss plus the mean cross-entropy of a softmax: the paper's loss, `dice_cross_entropy` as a module.
+
+    The value and the gradient of ``monai.losses.DiceCELoss(to_onehot_y=True, softmax=True)``, which has more options.
+
+    Args:
+        include_background: count class 0 in the Dice term; the paper does not.
+    """
+
+    def __init__(self, include_background: bool = False) -> None:
+        super().__init__()
+        if not isinstance(include_background, bool):
+            raise ValueError(f"include_background must be true or false, got {include_background!r}")
+        self.include_background = include_background
+
+    def forward(self, scores: Tensor, label: Tensor) -> Tensor:
+        """Loss () float32 of scores (N, C, D, H, W) in any floating type, and class indices (N, 1, D, H, W) of any whole type."""
+        return dice_cross_entropy(scores, label, include_background=self.include_background)
+
+
+LOSSES: dict[str, Callable[..., Any]] = {"dice_ce": DiceCE}
+"""Losses that go by a name of their own."""
+
+
 class SegmentationLoss(nn.Module):
     """The loss of what a network gives: one prediction, or with deep supervision the weighted mean over several.
 
@@ -38,7 +60,8 @@ class SegmentationLoss(nn.Module):
     trained. For a coarser prediction the label is brought to its grid by the nearest voxel (half-pixel centres).
 
     Args:
-        loss: (scores (N, C, d, h, w) float32, what `adapt` makes of the label) → ().
+        loss: (scores (N, C, d, h, w) float32, what `adapt` makes of the label) → (); a `DiceCE` gets the scores in their own
+            type, without a copy.
         adapt: the label (N, 1, d, h, w) uint8 as that loss wants it.
     """
 
@@ -53,7 +76,8 @@ class SegmentationLoss(nn.Module):
         total = 2 - 2.0 ** (1 - len(predictions))  # 1 + 1/2 + 1/4 + …
         # Autocast would take matrix products and convolutions within a loss to half precision again.
         with torch.autocast(label.device.type, enabled=False):
-            terms = [self.loss(scores.float(), self.adapt(_on_grid(label, scores.shape[2:]))) / (2.0**i * total)
+            terms = [self.loss(scores if isinstance(self.loss, DiceCE) else scores.float(),
+                               self.adapt(_on_grid(label, scores.shape[2:]))) / (2.0**i * total)
                      for i, scores in enumerate(predictions)]
         return torch.stack(terms).sum().float()
 
@@ -61,9 +85,9 @@ class SegmentationLoss(nn.Module):
 def build_loss(path: str, options: Sequence[str], classes: int) -> SegmentationLoss:
     """A loss of (what `DropGen.forward` gives in training, label (N, 1, D, H, W) uint8).
 
-    A loss that turns the label into one-hot itself, as MONAI's do (``to_onehot_y``), gets it as it is. Any other gets class
-    indices, (N, D, H, W) int64 as `torch.nn.CrossEntropyLoss` or (N, 1, D, H, W) int64, whichever it takes: it is tried on small
-    tensors.
+    `DiceCE`, and a loss that turns the label into one-hot itself, as MONAI's do (``to_onehot_y``), get it as it is. Any other
+    gets class indices, (N, D, H, W) int64 as `torch.nn.CrossEntropyLoss` or (N, 1, D, H, W) int64, whichever it takes: it is
+    tried on small tensors.
 
     Args:
         path: one of `LOSSES`, or ``package.module:Name``, a class or function that returns a loss: scores (N, C, D, H, W) before
@@ -84,7 +108,8 @@ def build_loss(path: str, options: Sequence[str], classes: int) -> SegmentationL
         raise InputError(f"loss {path} refuses its arguments {arguments}: {one_line(error)}") from error
     if not callable(loss):
         raise InputError(f"loss {path} must give something to call with scores and label, got {type(loss).__name__}")
-    return SegmentationLoss(loss, _fitting(loss, path, classes, one_hot=bool(arguments.get("to_onehot_y"))))
+    as_is = isinstance(loss, DiceCE) or bool(arguments.get("to_onehot_y"))
+    return SegmentationLoss(loss, _fitting(loss, path, classes, as_is=as_is))
 
 
 def _arguments(build: Callable[..., Any], path: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +127,7 @@ def _arguments(build: Callable[..., Any], path: str, options: dict[str, Any]) ->
     return arguments
 
 
-def _fitting(loss: Callable[[Tensor, Tensor], Tensor], path: str, classes: int, *, one_hot: bool) -> Adapt:
+def _fitting(loss: Callable[[Tensor, Tensor], Tensor], path: str, classes: int, *, as_is: bool) -> Adapt:
     """How the label must be given for the loss to be a number with a gradient, lower for right scores than for wrong ones.
 
     The last is so for no loss that compares each score with the index of the voxel's class, which torch would stretch over the
@@ -117,7 +142,7 @@ def _fitting(loss: Callable[[Tensor, Tensor], Tensor], path: str, classes: int, 
     label = classes_here.to(torch.uint8)
     tried = copy.deepcopy(loss)  # some keep a state
     problem = ""
-    for adapt in (_as_is,) if one_hot else (_indices, _indices_with_channel):
+    for adapt in (_as_is,) if as_is else (_indices, _indices_with_channel):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a label that does not fit, which is found out here

@@ -32,7 +32,7 @@ import dropgen_fast.kernels.fuse_streams.triton as kernels
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
-         torch.int32: "*i32", torch.int16: "*i16", torch.uint8: "*u8"}
+         torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8"}
 LAST = torch.channels_last_3d
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 

@@ -106,6 +106,26 @@ def test_dice_ce_is_the_paper_s() -> None:
     assert label.dtype == torch.uint8
 
 
+def test_dice_ce_with_the_background() -> None:
+    """MONAI's, both of float32 sums of 120 voxels."""
+    scores, label = scores_and_label()
+    value = build_loss("dice_ce", ("include_background=true",), CLASSES)(scores, label)
+    wanted = monai.losses.DiceCELoss(to_onehot_y=True, softmax=True)(scores, label)
+    torch.testing.assert_close(value, wanted, rtol=2e-5, atol=0)
+    assert abs(value - build_loss("dice_ce", (), CLASSES)(scores, label)) > 1e-3
+
+
+def test_dice_ce_makes_no_copy_of_half_scores() -> None:
+    """What the gradient keeps: the scores themselves, the label, two numbers of each sample and class."""
+    scores, label = scores_and_label((8, 8, 8))
+    half = scores.detach().bfloat16().requires_grad_()
+    loss = build_loss("dice_ce", (), CLASSES)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        loss(half, label)
+    assert [t.data_ptr() for t in kept if t.numel() >= label.numel()] == [half.data_ptr(), label.data_ptr()]
+
+
 @pytest.mark.parametrize(("path", "options", "same"), [
     ("monai.losses:DiceFocalLoss", ("gamma=3", "lambda_focal=0.5"),
      monai.losses.DiceFocalLoss(include_background=False, to_onehot_y=True, softmax=True, gamma=3, lambda_focal=0.5)),
@@ -115,7 +135,7 @@ def test_dice_ce_is_the_paper_s() -> None:
     ("monai.losses:DiceLoss", ("sigmoid=true",), monai.losses.DiceLoss(include_background=False, to_onehot_y=True, sigmoid=True)),
     ("monai.losses:DiceCELoss", ("include_background=true", "weight=[1, 2, 3]"),
      monai.losses.DiceCELoss(to_onehot_y=True, softmax=True, weight=torch.tensor([1.0, 2.0, 3.0]))),
-    ("dice_ce", ("lambda_ce=0.5",),
+    ("monai.losses:DiceCELoss", ("lambda_ce=0.5",),
      monai.losses.DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, lambda_ce=0.5)),
 ])
 def test_monai_s_losses(path: str, options: tuple[str, ...], same: nn.Module) -> None:
@@ -180,6 +200,19 @@ def test_deep_supervision(path: str) -> None:
     assert all(g.any() for g in torch.autograd.grad(loss(output, label), output))
 
 
+def test_dice_ce_takes_views_of_stacked_half_predictions() -> None:
+    """As MONAI's DynUNet gives them in training under autocast: each a view of every other volume of a stack."""
+    stack = torch.stack([scores_and_label(seed=seed)[0].detach() for seed in (0, 1)], 1).bfloat16().requires_grad_()
+    label = scores_and_label()[1]
+    loss = build_loss("dice_ce", (), CLASSES)
+    assert not stack.unbind(1)[1].is_contiguous()
+    value = loss(stack, label)
+    wanted = (2 * dice_ce_by_hand(stack[:, 0], label) + dice_ce_by_hand(stack[:, 1], label)) / 3
+    torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=0)
+    gradient, exact = (torch.autograd.grad(v, stack)[0] for v in (value, wanted))
+    torch.testing.assert_close(gradient, exact, rtol=2**-7, atol=1e-5 * float(exact.abs().max()))
+
+
 def test_stacked_predictions_are_a_list_of_them() -> None:
     output = [scores_and_label(seed=seed)[0] for seed in (0, 1)]
     label = scores_and_label()[1]
@@ -200,7 +233,7 @@ def test_the_compiler_takes_network_and_loss(path: str) -> None:
 
     wanted = supervised(x, label)
     torch._dynamo.reset()
-    value = torch.compile(supervised, backend="aot_eager", dynamic=False)(x, label)
+    value = torch.compile(supervised, backend="aot_eager", dynamic=False, fullgraph=True)(x, label)
     torch.testing.assert_close(value, wanted, rtol=3e-5, atol=0)
     value.backward()
     assert network.weight.grad is not None
@@ -213,6 +246,7 @@ def test_the_compiler_takes_network_and_loss(path: str) -> None:
     ("monai.losses:NoLoss", (), "has no NoLoss"),
     ("dice_ce", ("gamma",), "loss_options are name=value, got 'gamma'"),
     ("dice_ce", ("gamma=2",), r"refuses its arguments.*gamma"),
+    ("dice_ce", ("include_background=2",), r"refuses its arguments.*include_background must be true or false, got 2"),
     (CE, ("weight=[1, 2]",), "cannot take scores .N, 3, D, H, W. .*weight"),
     (CE, ("reduction=none",), r"must give one number.*got shape \(2, 8, 8, 8\): set its reduction"),
     ("monai.losses:DiceLoss", ("reduction=none",), "must give one number"),

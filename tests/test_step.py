@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
 from dropgen_fast.bench.recipe import Recipe
@@ -20,15 +19,12 @@ from dropgen_fast.errors import InputError
 from dropgen_fast.features import load_extractor
 from dropgen_fast.fusion import StreamFusion
 from dropgen_fast.kernels.fuse_streams.draw import draw_scale
+from dropgen_fast.losses import build_loss
 from dropgen_fast.model import DropGen
 from dropgen_fast.networks import UNet
 from dropgen_fast.step import TrainingStep
 
 CLASSES, PATCH, BATCH = 3, 16, 2
-
-
-def loss_module() -> nn.Module:
-    return DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
 
 
 def model(*, erm: bool = False, p: float = 0.5, normalization: str = "batch", backend: str = "auto",
@@ -44,7 +40,7 @@ def model(*, erm: bool = False, p: float = 0.5, normalization: str = "batch", ba
 
 def step(of: DropGen, **settings: Any) -> TrainingStep:
     config = TrainConfig(store=Path("store"), out=Path("out"), **{"steps": 20, "learning_rate": 1e-3, **settings})
-    return TrainingStep(of, loss_module(), config, Ranks())
+    return TrainingStep(of, build_loss("dice_ce", (), CLASSES), config, Ranks())
 
 
 def batch(seed: int, samples: int = BATCH) -> tuple[Tensor, Tensor]:

@@ -41,8 +41,8 @@ def dice_cross_entropy(scores: Tensor, label: Tensor, *, include_background: boo
     call gives the same bits with any number of threads. For the gradient the softmax is computed again; nothing of the size of
     the scores is kept but the scores. Nothing waits for a GPU.
 
-    A score that is NaN or +inf, and a label that is no class, make the loss NaN, and the whole gradient of that sample.
-    -inf is a probability of 0: the loss is infinite if the label asks for that class.
+    A score that is NaN or +inf, a voxel whose scores are all -inf, and a label that is no class make the loss NaN, and the
+    whole gradient of that sample. Any other -inf is a probability of 0: the loss is infinite if the label asks for that class.
 
     Second and forward-mode derivatives are the reference backend's alone, the others raise.
 
