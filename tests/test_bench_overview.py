@@ -74,7 +74,7 @@ BALANCED = {"extractor": 5.0, "fusion": 5.0, "forward": 30.0, "backward": 50.0, 
 
 @pytest.mark.parametrize(("result", "gpu", "words"), [
     (made_up(BALANCED, loader_ms=150), False, "a batch takes 150 ms to load and 100 ms to train on; give more --loader-threads"),
-    (made_up({**BALANCED, "extractor": 100.0}), False, "--extractor-stride 2, which makes the step 0.50 times as long"),
+    (made_up({**BALANCED, "extractor": 100.0}), False, "--extractor-stride 2 (the step then takes 0.50 of the time)"),
     (made_up({**BALANCED, "optimizer": 80.0}), True, "the optimizer, 47 % of the step: more patches a step"),
     (made_up(BALANCED), False, "the network, 80 % of the step: arithmetic on AMD; a GPU"),
     (made_up(BALANCED), True, "compile it"),

@@ -85,8 +85,8 @@ def exact(scores: Tensor, label: Tensor, background: bool = False, upstream: flo
     GPU multiplies it by log2 e, and by 3 u for the function; its sum over C classes adds C u, a GPU's quotient and the product
     5 u. Sums over voxels add 128 u at most, one more rounding each for what is done with them. So p is off by `p_error` of
     itself, Dice's sums by `sum_error`, a ratio of two by twice as much. The gradient p (q - Σ p q + even) - [y = c] even adds the
-    C terms of Σ p q; with |q| + even at most `largest`, it is off by a share of p · largest, and in the voxel's own class by three
-    roundings of even.
+    C terms of Σ p q; with |q| + even at most `largest`, it is off by a share of p · largest, and in the voxel's own class by
+    three roundings of even.
     """
     double = scores.detach().cpu().double().requires_grad_()
     loss = reference.dice_cross_entropy(double, label.cpu(), include_background=background)

@@ -36,8 +36,8 @@ def test_scores_are_read_and_written_as_vectors(rows: list[Row], capability: int
     vectors = {"16": (128, 4), "16 bf16": (128, 2), "16 last": (128, 4), "16 bf16 last": (128, 2),
                "4": (128, 4), "4 bf16": (128, 2), "4 last": (128, 4), "4 bf16 last": (64, 4)}
     if capability == CAPABILITIES[0]:
-        vectors |= {case: (128, 2) for case in ("half", "2", "9", "14", "17", "105", "256", "256 last")}
-        vectors |= {case: (128, 4) for case in ("torch.int8", "torch.int64")}
+        vectors |= dict.fromkeys(("half", "2", "9", "14", "17", "105", "256", "256 last"), (128, 2))
+        vectors |= dict.fromkeys(("torch.int8", "torch.int64"), (128, 4))
     for case, (bits, count) in vectors.items():
         sums, gradient = found[case, "_sums"], found[case, "_gradient"]
         assert sums[f"ld {bits}"] == count, sums

@@ -121,6 +121,22 @@ def test_a_disk_that_refuses_is_one_line(store: Path, tmp_path: Path, capsys: py
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(("network", "options", "loss"), [
+    ("monai.networks.nets:DynUNet", ["filters=[4, 8, 8]", "strides=[1, 2, 2]", "deep_supervision=true"],
+     "monai.losses:DiceFocalLoss"),
+    ("monai.networks.nets:SegResNet", ["init_filters=8", "blocks_down=[1, 1]", "blocks_up=[1]"], "monai.losses:TverskyLoss"),
+    ("monai.networks.nets:SwinUNETR", ["feature_size=12"], "dice_ce"),
+])
+def test_any_network_with_any_loss_by_path(store: Path, tmp_path: Path, network: str, options: list[str], loss: str) -> None:
+    """Through the command: the first layer's channels, the classes and the heads are taken care of."""
+    out = tmp_path / "run"
+    assert command(train, ["--store", store, "--out", out, *RECIPE, "--patch", 32, 32, 32, "--network", network,
+                           "--network-options", *options, "--loss", loss, "--steps", 2, "--validate-every", 2,
+                           "--batch-size", 1]) == 0
+    assert all(math.isfinite(value) for value in losses(out))
+    assert checkpoint.load(out / "last.pt")["model"]["network"] == network
+
+
 def normalizing_extractor() -> nn.Module:
     """Features that change if its BatchNorm ever leaves evaluation mode."""
     return nn.Sequential(nn.Conv3d(1, 3, 3, padding=1), nn.BatchNorm3d(3))

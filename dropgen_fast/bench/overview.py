@@ -135,7 +135,7 @@ def advice(result: OverviewResult, device: str, *, meter_is_gpu: bool) -> str:
                 f"--loader-threads (here {result.loader_threads}), or a faster disk (docs/loading.md)")
     if parts["extractor"] > HEAVY * whole:
         stride = next((s for s in config.strides if s > 1), None)
-        told = f", which makes the step {of_step.ms[f'dropgen_stride{stride}'].median / whole:.2f} times as long" if stride else ""
+        told = f" (the step then takes {of_step.ms[f'dropgen_stride{stride}'].median / whole:.2f} of the time)" if stride else ""
         return (f"the extractor, {100 * parts['extractor'] / whole:.0f} % of the step: --extractor-stride {stride or 2}{told}; "
                 "or another extractor")
     if parts["optimizer"] > HEAVY * whole:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,12 +95,7 @@ def run(config: StepConfig, meter: Meter, seconds: float, progress: Callable[[st
     """
     config = resolved(config, meter.device)
     batches = ready_batches(config, meter.device)
-    runs: dict[str, Run] = {"erm": _ours(config, meter.device, "erm", 1, batches)}
-    for stride in config.strides:
-        runs[_name(stride)] = _ours(config, meter.device, "dropgen", stride, batches)
-    runs["recipe"] = _recipe(config, meter.device, batches, compiled=False)
-    if config.compile:
-        runs["recipe_compile"] = _recipe(config, meter.device, batches, compiled=True)
+    runs = {name: way() for name, way in ways(config, meter.device, batches).items()}
     peaks: dict[str, int | None] = {}
     try:
         for name, way in runs.items():
@@ -115,6 +111,17 @@ def run(config: StepConfig, meter: Meter, seconds: float, progress: Callable[[st
     parts = {name: {part: Spread.of(times.ms(name, k, k + 1)) for k, part in enumerate(PARTS)}
              for name in runs if not name.startswith("recipe")}
     return StepResult(config, ms, parts, _ratios(config, times), peaks, times.rounds)
+
+
+def ways(config: StepConfig, device: torch.device, batches: Sequence[Batch]) -> dict[str, Callable[[], Run]]:
+    """What is compared, by name; each is made when it is called."""
+    found = {"erm": functools.partial(_ours, config, device, "erm", 1, batches)}
+    for stride in config.strides:
+        found[_name(stride)] = functools.partial(_ours, config, device, "dropgen", stride, batches)
+    found["recipe"] = functools.partial(_recipe, config, device, batches, compiled=False)
+    if config.compile:
+        found["recipe_compile"] = functools.partial(_recipe, config, device, batches, compiled=True)
+    return found
 
 
 def screen(result: StepResult) -> str:

@@ -53,7 +53,8 @@ def write_page(path: Path, name: str, settings: Mapping[str, Any], rows: Rows, p
         parts += ["<h2>Training</h2>", _card(picture(_training_chart(logged), "Loss and learning rate against the step")),
                   "<h2>Speed</h2>", _card(picture(_speed_chart(logged), "Patches per second and shares of the time")),
                   _card(_speed_table(logged))]
-    parts += ["<h2>Settings</h2>", f"<pre>{html.escape(yaml.safe_dump(dict(settings), sort_keys=False, default_flow_style=None, width=100))}</pre>"]
+    told = yaml.safe_dump(dict(settings), sort_keys=False, default_flow_style=None, width=100)
+    parts += ["<h2>Settings</h2>", f"<pre>{html.escape(told)}</pre>"]
     write_atomically(path, document(f"dropgen_fast: {name}", "\n".join(parts)))
 
 
