@@ -11,8 +11,8 @@ Parts (``--only``):
 
 The volumes are smooth noise, made in a temporary folder in seconds, unless ``--store`` names a prepared store. They fit the page
 cache: reading from a disk is not measured (`bytes_read.py` counts what a crop reads). What is compared runs in turns, each way in
-processes of its own that are held to the same cores (`loading/processes.py`), set up as its users do (`loading/ways.py`), and
-first shown to augment. Ways that cannot be run are named with the reason.
+processes of its own that are held to the same cores (`dropgen_fast/bench/loading/processes.py`), set up as its users do
+(`ways.py` there), and first shown to augment. Ways that cannot be run are named with the reason.
 
 On a GPU (``--device cuda``) batches end on it, and an operator's cost is what it adds to the wall time of a patch: nothing, where
 reading takes longer.
@@ -21,7 +21,6 @@ reading takes longer.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import signal
@@ -37,15 +36,14 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from loading import chains, table, ways
-from loading.processes import PERCENTILES, Opener, Place, opened, take_turns
-from loading.recipes import OPERATORS, only
-from loading.volumes import make_store
 
 from dropgen_fast.bench import machine
+from dropgen_fast.bench.loading import chains, table, ways
+from dropgen_fast.bench.loading.processes import PERCENTILES, Opener, Place, opened, take_turns
+from dropgen_fast.bench.loading.recipes import OPERATORS, only
+from dropgen_fast.bench.loading.volumes import EDGES, describe, make_store
 from dropgen_fast.cli import run
 from dropgen_fast.data.augmentation import AugmentationConfig
-from dropgen_fast.data.store import Store
 from dropgen_fast.errors import InputError
 from dropgen_fast.inference import choose_device
 
@@ -201,7 +199,8 @@ def bench(config: LoadingConfig) -> Bench:
         scratch = Path(folder)
         cores = tuple(sorted(os.sched_getaffinity(0)))[:config.threads]
         store = config.store.absolute() if config.store else make_store(
-            scratch / "volumes", patch, cases=config.cases, seed=config.seed, workers=len(cores), quick=config.quick)
+            scratch / "volumes", patch, cases=config.cases, seed=config.seed, workers=len(cores),
+            edges=(0, 0) if config.quick else EDGES)
         place = Place(store, scratch, patch, config.batch_size, cores, str(device), config.seed)
         measured = Bench(config, place, _facts(device, place))
         for part in PARTS:
@@ -218,25 +217,11 @@ def bench(config: LoadingConfig) -> Bench:
 
 def _facts(device: torch.device, place: Place) -> dict[str, Any]:
     """What every row carries."""
-    opened_store = Store.open(place.store)
-    cases = opened_store.cases("train")
-    if not cases:
-        raise InputError(f"{place.store} has no training cases")
-    edges = sorted({"×".join(map(str, case.shape)) for case in cases})
-    sizes = edges[0] if len(edges) == 1 else f"{edges[0]} to {edges[-1]}"
     return {
         **machine.describe(device), "threads": place.threads, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "dali": _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120"), "nnunetv2": _version("nnunetv2"),
-        "batchgeneratorsv2": _version("batchgeneratorsv2"), "batchaug": _version("batchaug"), "patch": list(place.patch),
-        "batch_size": place.batch_size, "volumes": f"{len(cases)} volumes of {sizes}, {opened_store.index.dtype}",
-        "percentiles": list(PERCENTILES)}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        "dali": machine.dali_version(), "nnunetv2": machine.version("nnunetv2"),
+        "batchgeneratorsv2": machine.version("batchgeneratorsv2"), "batchaug": machine.version("batchaug"),
+        "patch": list(place.patch), "batch_size": place.batch_size, "volumes": describe(place.store), "percentiles": list(PERCENTILES)}
 
 
 def _workers(count: int) -> str:

@@ -25,8 +25,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_loading  # noqa: E402
-from loading import processes, recipes, table  # noqa: E402
-from loading.processes import Place, Source, Turn, Unavailable, check_augments, opened, take_turns  # noqa: E402
+
+from dropgen_fast.bench.loading import processes, recipes, table  # noqa: E402
+from dropgen_fast.bench.loading.processes import Place, Source, Turn, Unavailable, check_augments, opened, take_turns  # noqa: E402
 
 SIZE = (32, 32, 32)  # what the demo's network can halve, and no more
 FACTS = {"name", "value", "unit", "low", "high", "device", "cpu", "threads", "commit", "date", "torch", "triton", "dali", "monai",

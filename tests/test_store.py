@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import os
 import shutil
@@ -12,13 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from nifti_factory import write_cohort
 
+from dropgen_fast.bench.loading import reads
 from dropgen_fast.cli import run
 from dropgen_fast.data import bricks, store
 from dropgen_fast.data.bricks import BRICK, DTYPES, Layout, read_volume, write_npy, write_volume
@@ -46,19 +45,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(prepared: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(prepared, tmp_path / "copy"))  # with its times
-
-
-@pytest.fixture(scope="session")
-def bytes_read() -> ModuleType:
-    """The benchmark that counts bytes."""
-    path = Path(__file__).parent.parent / "benchmarks" / "bytes_read.py"
-    specification = importlib.util.spec_from_file_location("bytes_read", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["bytes_read"] = module
-    specification.loader.exec_module(module)
-    return module
 
 
 def volume(shape: tuple[int, ...], channels: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -105,19 +91,19 @@ def test_where_a_voxel_lies(tmp_path: Path) -> None:
     assert content[brick + 2 * 16384 * 2 + inside] == label[z, y, x]
 
 
-def test_dali_reads_regions_of_bricks(tmp_path: Path, bytes_read: ModuleType) -> None:
+def test_dali_reads_regions_of_bricks(tmp_path: Path) -> None:
     layout = Layout((70, 50, 45), 2, "float16", True, BRICK)
     image, label = volume(layout.shape, 2)
     write_volume(tmp_path / "volume.npy", layout, image, label)
     for start in ((0, 0, 0), (30, 17, 25), (31, 15, 16)):
-        found, found_label = bytes_read.read_crop(tmp_path / "volume.npy", start, (39, 33, 20), layout)
+        found, found_label = reads.read_crop(tmp_path / "volume.npy", start, (39, 33, 20), layout)
         inside = tuple(slice(s, s + n) for s, n in zip(start, (39, 33, 20), strict=True))
         np.testing.assert_array_equal(found, image[inside].astype(np.float16))
         np.testing.assert_array_equal(found_label[..., 0], label[inside])
 
 
 @pytest.fixture
-def disk(tmp_path: Path, bytes_read: ModuleType) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A folder on a disk with Linux' usual read-ahead: the test's own, or a file system in a file, where one may be mounted."""
     if read_ahead_kib(tmp_path) == 128:
         yield tmp_path
@@ -139,26 +125,26 @@ def disk(tmp_path: Path, bytes_read: ModuleType) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_crop_reads_less_than_three_times_its_bytes(disk: Path, bytes_read: ModuleType) -> None:
+def test_a_crop_reads_less_than_three_times_its_bytes(disk: Path) -> None:
     """Cold, with the kernel's read-ahead, by two counts; a plain array of the same volume does not, so the count counts."""
     shape, crop = (256, 256, 256), (128, 128, 128)
     image, label = volume(shape)
-    starts = bytes_read.random_starts(shape, crop, 6)
+    starts = reads.random_starts(shape, crop, 6, np.random.default_rng(0))
     layout = Layout(shape, 1, "int16", True, BRICK)
     path = disk / "volume.npy"
     write_volume(path, layout, image, label)
-    reads = bytes_read.measure(path, starts, crop, layout, [bricks.encode(image, "int16"), label[..., None]])
-    for read, start in zip(reads, starts, strict=True):
-        _, count = bytes_read.bricks_of(layout, start, crop)
+    counted = reads.measure(path, starts, crop, layout, [bricks.encode(image, "int16"), label[..., None]])
+    for read, start in zip(counted, starts, strict=True):
+        _, count = reads.bricks_of(layout, start, crop)
         assert read.crop_bytes == 3 * 128**3
         assert read.cached_bytes >= np.prod(count) * layout.file_shape[3]  # all that it needs came from the file
         assert read.ratio < 3
     # On a page's edge DALI's request for all of the file takes effect: the first megabyte or more for every crop.
-    bytes_read.move_data(path, bytes_read.PAGE)
-    moved = bytes_read.measure(path, starts, crop, layout)
-    assert sum(r.ratio for r in moved) > sum(r.ratio for r in reads)
+    reads.move_data(path, reads.PAGE)
+    moved = reads.measure(path, starts, crop, layout)
+    assert sum(r.ratio for r in moved) > sum(r.ratio for r in counted)
     write_npy(path, label[..., None])
-    assert all(read.ratio > 3 for read in bytes_read.measure(path, starts, crop, None, [label[..., None]]))
+    assert all(read.ratio > 3 for read in reads.measure(path, starts, crop, None, [label[..., None]]))
 
 
 # --- changed underneath -------------------------------------------------------------------------------------------------

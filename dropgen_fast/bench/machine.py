@@ -29,8 +29,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "monai": _version("monai"),
+        "triton": version("triton"),
+        "monai": version("monai"),
         "cuda": torch.version.cuda,
         "driver": driver_version() if cuda else None,
         "dropgen_fast": dropgen_fast.__version__,
@@ -85,7 +85,13 @@ def _git(source: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _version(package: str) -> str | None:
+def dali_version() -> str | None:
+    """Of NVIDIA DALI, whichever CUDA it is built for."""
+    return version("nvidia-dali-cuda130") or version("nvidia-dali-cuda120")
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None where there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -29,13 +29,13 @@ from monai.data import CacheDataset, DataLoader, set_track_meta
 from torch import Tensor
 from torch.utils.data import RandomSampler
 
+from dropgen_fast.bench.loading.processes import Place, Source, Unavailable, check_augments, check_batch
+from dropgen_fast.bench.loading.recipes import BOTH, IMAGE, PAPER, batchaug_transforms, monai_transforms
+from dropgen_fast.bench.loading.volumes import load_volumes, ready_batch
 from dropgen_fast.data.augmentation import AugmentationConfig
 from dropgen_fast.data.pipeline import TrainingPipeline
 from dropgen_fast.data.store import Store
 from dropgen_fast.errors import InputError
-from loading.processes import Place, Source, Unavailable, check_augments, check_batch
-from loading.recipes import BOTH, IMAGE, PAPER, batchaug_transforms, monai_transforms
-from loading.volumes import load_volumes, ready_batch
 
 ENDLESS = 2**40
 NNUNET_FOREGROUND = 0.33
@@ -66,9 +66,9 @@ def ours(place: Place, *, augmentation: AugmentationConfig, foreground_fraction:
     return Source(batch, place.batch_size, stock=3)  # DALI reads two batches ahead
 
 
-def monai(place: Place, *, workers: int) -> Source:
-    """MONAI with the paper's transforms."""
-    recipe = [*monai_transforms(AugmentationConfig(), place.patch, PAPER), mt.ScaleIntensityd(IMAGE)]
+def monai(place: Place, *, workers: int, names: tuple[str, ...] = PAPER) -> Source:
+    """MONAI with transforms of these names, with the paper's probabilities and ranges."""
+    recipe = [*monai_transforms(AugmentationConfig(), place.patch, names), mt.ScaleIntensityd(IMAGE)]
     batches = _monai_batches(place, recipe, workers)
     check_augments(lambda: next(batches), place)
     return Source(lambda: next(batches), place.batch_size, stock=3 * workers, burst=max(1, workers))
@@ -148,7 +148,7 @@ def training_step(place: Place, *, network_options: tuple[str, ...]) -> Source:
         raise Unavailable(str(error)) from error
     trainer.model.train()
     batch = next(trainer.data)
-    step: Callable[[], Tensor] = functools.partial(trainer.train_step, batch)
+    step: Callable[[], Tensor] = functools.partial(trainer.train_step, [batch])
     if not bool(step().isfinite()):
         raise Unavailable("the loss is not finite")
     return Source(step, place.batch_size)

@@ -15,20 +15,22 @@ from dropgen_fast.data.store import Store
 from dropgen_fast.errors import InputError
 from dropgen_fast.prepare import PrepareConfig, prepare
 
-SMALLEST_EDGE, LARGEST_EDGE = 192, 256
-"""Of the volumes, in voxels, unless the patch needs more."""
+EDGES = (192, 256)
+"""Of the smallest volume, and what the largest stay below, in voxels, unless the patch needs more."""
 CLASSES = ("background", "one", "two")
 
 
-def make_store(folder: Path, patch: tuple[int, int, int], *, cases: int, seed: int, workers: int, quick: bool) -> Path:
+def make_store(folder: Path, patch: tuple[int, int, int], *, cases: int, seed: int, workers: int,
+               edges: tuple[int, int] = EDGES) -> Path:
     """Write a cohort of `cases` training cases and one for validation into `folder` and prepare it; the store's path.
 
-    Edges are 192 to 256 voxels, and at least 1.25 times the patch's; with `quick` just these.
+    The training cases' edges rise from the first of `edges`, in voxels, to below the second, and are at least 1.25 times the
+    patch's.
     """
     generator = torch.Generator().manual_seed(seed)
     for number in range(cases + 1):
         split = "Tr" if number < cases else "Val"
-        edge = 0 if quick else SMALLEST_EDGE + (LARGEST_EDGE - SMALLEST_EDGE) * number // max(1, cases)
+        edge = edges[0] + (edges[1] - edges[0]) * (number % cases) // cases
         shape = tuple(max(edge, -(-5 * side // 4)) for side in patch)
         image = smooth_noise(shape, generator) + 0.05 * torch.randn(shape, generator=generator).numpy()
         levels = smooth_noise(shape, generator)
@@ -42,6 +44,16 @@ def make_store(folder: Path, patch: tuple[int, int, int], *, cases: int, seed: i
     if report.left_out:
         raise InputError(f"case {report.left_out[0].id} could not be prepared: {report.left_out[0].reason}")
     return store
+
+
+def describe(store: Path) -> str:
+    """How many training volumes of which sizes and type a store has; raises `InputError` where it is none, or has none."""
+    opened = Store.open(store)
+    cases = opened.cases("train")
+    if not cases:
+        raise InputError(f"{store} has no training cases")
+    sizes = sorted({"×".join(map(str, case.shape)) for case in cases})
+    return f"{len(cases)} volumes of {sizes[0] if len(sizes) == 1 else f'{sizes[0]} to {sizes[-1]}'}, {opened.index.dtype}"
 
 
 def smooth_noise(shape: tuple[int, ...], generator: torch.Generator) -> npt.NDArray[np.float32]:

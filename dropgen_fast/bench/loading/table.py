@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dropgen_fast.bench.loading.processes import Turn, spread
 from dropgen_fast.bench.measure import Spread
-from loading.processes import Turn, spread
 
 Row = dict[str, Any]
 OURS = "ours"

@@ -17,13 +17,13 @@ import torch
 from monai.data import set_track_meta
 from torch import Tensor
 
+from dropgen_fast.bench.loading.processes import Place, Source, Unavailable
+from dropgen_fast.bench.loading.recipes import BOTH, IMAGE
+from dropgen_fast.bench.loading.volumes import ready_batch
+from dropgen_fast.bench.loading.ways import import_batchaug
 from dropgen_fast.data.augment import affine_matrix
 from dropgen_fast.kernels.intensity_chain import IntensityParameters, intensity_chain
 from dropgen_fast.kernels.warp import warp
-from loading.processes import Place, Source, Unavailable
-from loading.recipes import BOTH, IMAGE
-from loading.volumes import ready_batch
-from loading.ways import import_batchaug
 
 NOISE_STD, RICIAN_STD, BIAS, GAMMA, BRIGHTNESS, CONTRAST = 0.05, 0.04, 0.05, 1.5, 1.1, 0.8
 """A contrast below 1 never leaves the range, so libraries that do not clip compute the same."""
