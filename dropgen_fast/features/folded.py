@@ -3,12 +3,13 @@
 Four things make it fast. What is constant is folded: BatchNorm into the convolution before it. What is linear is exchanged: a 3³
 convolution of an image upsampled by two is a 2³ convolution of the image itself, with eight times the output channels, one set
 for each place of a voxel in its cell of 2³. What is padded is not copied: every activation carries a margin of one voxel. And
-convolution, sum and ReLU are one call of oneDNN on the CPU.
+convolution, sum and ReLU are one call of oneDNN on the CPU; on a GPU torch.compile makes one kernel of all that lies between
+two convolutions (`FrozenExtractor.compile`).
 
 The margin: an activation of interior (D, H, W) lies in (D + 2, H + 2, W + 2). A convolution with zero padding maps such a buffer
 to another one, right in its interior; then the six faces are written with what reflect padding would have there. Where the
 interior is small (`LEAST_MARGIN_VOXELS`), the convolutions of a margin would cost more than the copy, and the interior alone is
-computed and padded.
+computed and padded; under torch.compile always, since there the padding is part of a kernel that writes anyway.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ class FoldedUNet(nn.Module):
             copied, folded in float64.
     """
 
+    compilable = True
+    """What lies between its convolutions is many small operations, which torch.compile joins."""
     flat: Tensor
 
     def __init__(self, network: UNet) -> None:
@@ -148,6 +151,9 @@ class FoldedUNet(nn.Module):
 
     def _pooled(self, margin: Tensor) -> Tensor:
         """The pooled interior with its margin."""
+        if torch.compiler.is_compiling():
+            cells = _interior(margin).unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+            return F.pad(cells.mean((3, 5, 7)) if self.average else cells.amax((3, 5, 7)), (1,) * 6, mode="reflect")
         if self.average:
             # The mean of 2³ voxels, as F.avg_pool3d has it, whose CPU kernel takes seven times as long and has no bfloat16.
             return F.pad(F.interpolate(_interior(margin), scale_factor=0.5, mode="trilinear"), (1,) * 6, mode="reflect")
@@ -221,6 +227,8 @@ def _unfolded(cells: Tensor) -> Tensor:
 def _whole(margin: Tensor, convolution: _Convolution) -> bool:
     """Whether a layer's margin is convolved with its interior. InstanceNorm must see the interior alone."""
     d, h, w = margin.shape[2:]
+    if torch.compiler.is_compiling():
+        return False
     return convolution.eps is None and (d - 2) * (h - 2) * (w - 2) >= LEAST_MARGIN_VOXELS
 
 

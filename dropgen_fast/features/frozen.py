@@ -55,6 +55,11 @@ class FrozenExtractor(nn.Module):
         self._held[0]._apply(fn, recurse)
         return self
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile as any module does, if the model gains by it (its attribute `compilable`); other models stay as they are."""
+        if getattr(self._held[0], "compilable", False):
+            super().compile(*args, **kwargs)
+
     def identity(self) -> dict[str, Any]:
         """What decides the features: name, stride, hash of the weights. Goes into checkpoints."""
         return {"name": self.name, "stride": self.stride, "sha256": self.sha256}
