@@ -124,7 +124,8 @@ class TrainConfig:
             raise InputError(f"foreground_fraction must be in [0, 1], got {self.foreground_fraction}")
 
 
-FREE = ("store", "preset", "device", "save_every", "log_every", "panels", "wandb", "loader_threads", "model.extractor_weights")
+FREE = ("store", "preset", "device", "save_every", "log_every", "panels", "wandb", "loader_threads", "model.extractor_weights",
+        "model.extractor_sha256", "model.extractor_revision")
 """Settings that a resumed run may change: store and weights are known by their content, the others decide no number but by
 rounding."""
 

@@ -108,9 +108,13 @@ class ModelConfig:
     compare with. Ablations: features (alone; the image's channels are zeros), no-dropout (image and features, nothing dropped),
     stream-dropout (of a sample the whole image or the whole of its features is dropped)."""
     extractor: str = "mind"
-    """mind (embedded, needs no weights), anatomix, or package.module:factory."""
+    """mind (embedded, needs no weights), anatomix, anatomix-dev, or package.module:factory."""
     extractor_weights: Path | None = None
     """Weights of the extractor as a local file; by default they come from the Hugging Face Hub."""
+    extractor_sha256: str | None = None
+    """What the SHA-256 of that file must be; by default, for a file from the Hub, what the Hub says."""
+    extractor_revision: str | None = None
+    """Commit, tag or branch of the Hub's repository; by default its newest."""
     extractor_stride: int = 1
     """Run the extractor on the patch downsampled by this factor; the fusion interpolates."""
     fusion: FusionConfig = field(default_factory=FusionConfig)
@@ -126,7 +130,8 @@ class ModelConfig:
 
     @classmethod
     def from_plain(cls, saved: dict[str, Any], extractor_weights: Path | None = None) -> ModelConfig:
-        """The configuration that a checkpoint holds as plain values; `extractor_weights`, where given, take the place of its own.
+        """The configuration that a checkpoint holds as plain values; `extractor_weights`, where given, take the place of its own
+        and of the Hub's revision.
 
         Raises:
             InputError: settings that this version does not have.
@@ -136,7 +141,9 @@ class ModelConfig:
 
         try:
             weights = extractor_weights or (Path(saved["extractor_weights"]) if saved["extractor_weights"] else None)
-            return cls(**{**typed(saved), "fusion": FusionConfig(**typed(saved["fusion"])), "extractor_weights": weights})
+            revision = None if extractor_weights else saved.get("extractor_revision")
+            return cls(**{**typed(saved), "fusion": FusionConfig(**typed(saved["fusion"])), "extractor_weights": weights,
+                          "extractor_revision": revision})
         except (KeyError, TypeError) as error:
             raise InputError(f"the model's settings are another version's ({error}): use that version, or train again") from error
 
@@ -157,7 +164,8 @@ def build_model(
     """
     extractor = None
     if config.method != "erm":
-        extractor = load_extractor(config.extractor, stride=config.extractor_stride, weights=config.extractor_weights)
+        extractor = load_extractor(config.extractor, stride=config.extractor_stride, weights=config.extractor_weights,
+                                   sha256=config.extractor_sha256, revision=config.extractor_revision)
         extractor.check_patch(patch)
     mode = MODES.get(config.method)
     try:

@@ -78,6 +78,8 @@ class TrainingStep:
         self._core: Any = NetworkAndLoss(model.network, loss)
         if config.compile if config.compile is not None else on_gpu:
             self._core.compile(dynamic=False)
+            if on_gpu and model.extractor is not None:  # on a CPU oneDNN joins what the compiler would
+                model.extractor.compile(dynamic=False)
         if ranks.size > 1:
             self._core = DistributedDataParallel(self._core, device_ids=[ranks.device] if on_gpu else None,
                                                  gradient_as_bucket_view=True)

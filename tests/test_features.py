@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import pickle
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from dropgen_fast import DropGen, StreamFusion, load_extractor
 from dropgen_fast.errors import InputError
-from dropgen_fast.features import FrozenExtractor, anatomix
+from dropgen_fast.features import FrozenExtractor
 from dropgen_fast.features.mind import MIND, NEIGHBOURS, PAIRS
 from dropgen_fast.networks import UNet
 
@@ -189,7 +188,7 @@ def test_wrong_rank_is_told(extractor: FrozenExtractor) -> None:
 
 
 @pytest.mark.parametrize(("name", "options", "message"), [
-    ("dino", {}, "no extractor 'dino'; there are mind, anatomix"),
+    ("dino", {}, "no extractor 'dino'; there are mind, anatomix, anatomix-dev, or"),
     ("mind", {"stride": 0}, "stride must be at least 1"),
     ("mind", {"weights": Path("w.pth")}, "takes no weights"),
     (f"{__name__}:nothing", {}, "must give a torch.nn.Module, got NoneType"),
@@ -289,114 +288,3 @@ def test_mind_is_float32_under_autocast() -> None:
 
 def test_mind_of_a_constant_volume_is_finite() -> None:
     assert torch.equal(load_extractor("mind")(torch.full((1, 1, 4, 4, 4), 0.5)), torch.ones(1, 12, 4, 4, 4))
-
-
-# ---- anatomix --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with the published layout and random weights."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "anatomix.pth"
-    torch.save(UNet(1, 16, base_channels=16, downsamplings=4).state_dict(), path)
-    return path
-
-
-def test_anatomix_from_a_file(weights: Path) -> None:
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    extractor = load_extractor("anatomix", weights=weights, sha256=digest.upper())
-    assert extractor.identity() == {"name": "anatomix", "stride": 1, "sha256": digest}
-    image = torch.rand(1, 1, 32, 32, 32)
-    network = UNet(1, 16, base_channels=16, downsamplings=4)
-    network.load_state_dict(torch.load(weights, weights_only=True))
-    with torch.no_grad():
-        assert torch.equal(extractor(image), network.eval()(image))
-    with pytest.raises(ValueError, match="multiples of 16"):
-        extractor(torch.rand(1, 1, 30, 32, 32))
-
-
-@pytest.mark.parametrize("form", ["safetensors", "compiled"])
-def test_other_forms_of_the_file(weights: Path, tmp_path: Path, form: str) -> None:
-    from safetensors.torch import save_file
-
-    state = torch.load(weights, weights_only=True)
-    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
-    if form == "safetensors":
-        save_file({k: v.contiguous() for k, v in state.items()}, path)
-    else:
-        torch.save({f"_orig_mod.{k}": v for k, v in state.items()}, path)
-    image = torch.rand(1, 1, 32, 32, 32)
-    assert torch.equal(load_extractor("anatomix", weights=path)(image), load_extractor("anatomix", weights=weights)(image))
-
-
-def test_damaged_weights(weights: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"gone.pth do not exist"):
-        load_extractor("anatomix", weights=tmp_path / "gone.pth")
-    with pytest.raises(InputError, match=r"SHA-256 .* asked for is 00"):
-        load_extractor("anatomix", weights=weights, sha256="00")
-    cut = tmp_path / "cut.pth"
-    cut.write_bytes(weights.read_bytes()[:10000])
-    for suffix in (".pth", ".safetensors"):
-        with pytest.raises(InputError, match=r"cut.* damaged or no weights file"):
-            load_extractor("anatomix", weights=cut.rename(cut.with_suffix(suffix)))
-        cut = cut.with_suffix(suffix)
-    other = tmp_path / "other.pth"
-    torch.save(UNet(1, 16, base_channels=8, downsamplings=4).state_dict(), other)
-    with pytest.raises(InputError, match=r"other.pth are not those of anatomix"):
-        load_extractor("anatomix", weights=other)
-    state = torch.load(weights, weights_only=True)
-    state["model.4.running_var"][3] = float("nan")
-    torch.save(state, other)
-    with pytest.raises(InputError, match=r"other.pth hold values that are not finite"):
-        load_extractor("anatomix", weights=other)
-    torch.save({"model": {"a": 1}}, other)
-    with pytest.raises(InputError, match="must hold a plain state dict"):
-        load_extractor("anatomix", weights=other)
-
-
-def test_weights_from_the_hub(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real loading code with the Hub's answers replaced: the file is held against the hash that the Hub gives."""
-    import huggingface_hub
-
-    class Metadata:
-        etag = hashlib.sha256(weights.read_bytes()).hexdigest()
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name: str(weights))
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: Metadata)
-    assert load_extractor("anatomix").identity()["sha256"] == Metadata.etag
-    Metadata.etag = "0" * 64
-    with pytest.raises(InputError, match="the Hub's is 000"):
-        anatomix.load()
-    Metadata.etag = "0" * 40
-    with pytest.raises(InputError, match=r"publishes no SHA-256 .*--extractor-weights"):
-        anatomix.load()
-
-
-def test_a_cached_file_serves_without_the_hub(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache as the Hub's client lays it out: a link to a file that is called by the hash; damage is seen there too."""
-    import huggingface_hub.constants
-
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    repository = tmp_path / "models--neeldey--anatomix"
-    blob, snapshot = repository / "blobs" / digest, repository / "snapshots" / ("a" * 40)
-    for folder in (blob.parent, snapshot, repository / "refs"):
-        folder.mkdir(parents=True)
-    blob.write_bytes(weights.read_bytes())
-    (snapshot / "anatomix.pth").symlink_to(blob)
-    (repository / "refs" / "main").write_text("a" * 40)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert load_extractor("anatomix").identity()["sha256"] == digest
-    blob.write_bytes(weights.read_bytes() + b"0")
-    with pytest.raises(InputError, match="the Hub's is"):
-        load_extractor("anatomix")
-
-
-def test_no_hub_names_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InputError, match=r"cannot be reached.*download anatomix.pth.*--extractor-weights"):
-        load_extractor("anatomix")

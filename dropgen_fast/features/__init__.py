@@ -10,40 +10,44 @@ from torch import nn
 
 from dropgen_fast.errors import InputError
 from dropgen_fast.features import anatomix, mind
+from dropgen_fast.features.folded import FoldedUNet
 from dropgen_fast.features.frozen import FrozenExtractor
 from dropgen_fast.networks import fake_forward, import_object
 
 __all__ = ["FrozenExtractor", "load_extractor"]
 
-NAMES = ("mind", "anatomix")
+NAMES = ("mind", *anatomix.ARCHITECTURES)
 PROBED_SIDES = (64, 32, 96, 128)  # voxels; 128 is what ViTs often want and nothing else
 
 
 def load_extractor(
-    name: str, *, stride: int = 1, weights: str | Path | None = None, sha256: str | None = None,
+    name: str, *, stride: int = 1, weights: str | Path | None = None, sha256: str | None = None, revision: str | None = None,
 ) -> FrozenExtractor:
     """A frozen extractor by name: (N, Ci, D, H, W) in [0, 1] → (N, Ci · channels, d, h, w).
 
     Args:
-        name: "mind" (embedded, 12 channels), "anatomix" (16 channels, published weights), or ``package.module:factory``,
-            where ``factory()`` gives a module (N, 1, D, H, W) → (N, C, d, h, w); C is its attribute ``channels``, else it is
-            found by trying it, without arithmetic, on cubes of `PROBED_SIDES` voxels until it takes one.
+        name: "mind" (embedded, 12 channels), "anatomix" or "anatomix-dev" (16 and 32 channels, published weights), or
+            ``package.module:factory``, where ``factory()`` gives a module (N, 1, D, H, W) → (N, C, d, h, w); C is its attribute
+            ``channels``, else it is found by trying it, without arithmetic, on cubes of `PROBED_SIDES` voxels until it takes one.
         stride: run it on the image downsampled by this factor.
         weights: local file of the published weights; None: from the Hugging Face Hub.
         sha256: what that file's hash must be.
+        revision: of the Hub's repository, where the weights come from there; None: its newest.
 
     Raises:
         InputError: no such extractor, or weights that cannot be had or do not fit.
     """
     if stride < 1:
         raise InputError(f"extractor stride must be at least 1, got {stride}")
-    if name != "anatomix" and (weights is not None or sha256 is not None):
-        raise InputError(f"extractor {name!r} takes no weights; they are for anatomix")
+    if name not in anatomix.ARCHITECTURES and (weights, sha256, revision) != (None, None, None):
+        raise InputError(f"extractor {name!r} takes no weights; they are for {' and '.join(anatomix.ARCHITECTURES)}")
+    if weights is not None and revision is not None:
+        raise InputError(f"extractor weights are the file {weights} or the Hub's revision {revision}: give one of them")
     if name == "mind":
         return FrozenExtractor(mind.MIND(), name=name, channels=mind.CHANNELS, stride=stride, sha256=mind.VERSION)
-    if name == "anatomix":
-        network, digest = anatomix.load(None if weights is None else Path(weights), sha256)
-        return FrozenExtractor(network, name=name, channels=anatomix.CHANNELS, stride=stride, sha256=digest)
+    if name in anatomix.ARCHITECTURES:
+        network, digest = anatomix.load(name, None if weights is None else Path(weights), sha256, revision)
+        return FrozenExtractor(FoldedUNet(network), name=name, channels=anatomix.channels(name), stride=stride, sha256=digest)
     if ":" not in name:
         raise InputError(f"no extractor {name!r}; there are {', '.join(NAMES)}, or give package.module:factory")
     factory = import_object(name, "extractor")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropgen_fast.errors import InputError
-from dropgen_fast.networks import UNet, size_problem
+from dropgen_fast.networks import size_problem
 
 
 class FrozenExtractor(nn.Module):
@@ -55,22 +55,30 @@ class FrozenExtractor(nn.Module):
         self._held[0]._apply(fn, recurse)
         return self
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile as any module does, if the model gains by it (its attribute `compilable`); other models stay as they are."""
+        if getattr(self._held[0], "compilable", False):
+            super().compile(*args, **kwargs)
+
     def identity(self) -> dict[str, Any]:
         """What decides the features: name, stride, hash of the weights. Goes into checkpoints."""
         return {"name": self.name, "stride": self.stride, "sha256": self.sha256}
 
     def check_patch(self, patch: Sequence[int]) -> None:
-        """Raise InputError for a patch (D, H, W) that the model, a `UNet` such as anatomix, cannot take at this stride."""
+        """Raise InputError for a patch (D, H, W) that the model cannot take at this stride.
+
+        A model such as anatomix tells by an attribute `divisor`, as `UNet` has it; of others nothing is known.
+        """
         problem = self._patch_problem(patch)
         if problem is not None:
             raise InputError(problem)
 
     def _patch_problem(self, patch: Sequence[int]) -> str | None:
-        model = self._held[0]
-        if not isinstance(model, UNet) or size_problem(coarse_size(patch, self.stride), model.divisor) is None:
+        divisor = getattr(self._held[0], "divisor", None)
+        if not isinstance(divisor, int) or size_problem(coarse_size(patch, self.stride), divisor) is None:
             return None
         # Sizes that do are told in voxels of the image, which is what the user sets.
-        return f"extractor {self.name} at stride {self.stride}: {size_problem(patch, model.divisor * self.stride)}"
+        return f"extractor {self.name} at stride {self.stride}: {size_problem(patch, divisor * self.stride)}"
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:

@@ -1,0 +1,196 @@
+"""The suite "extractor": features of the frozen extractors, beside their plain definitions, eager and under torch.compile.
+
+Ways that are compared, with the same weights and images:
+  ours     what `load_extractor` gives and a training step runs: on a GPU that compiles it, under torch.compile
+  eager    the definition as one would write it: for the anatomix family the U-Net of modules, for mind plain torch
+  compile  that definition under torch.compile, static shapes, no graph break
+
+Weights are random: no arithmetic depends on their values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from dropgen_fast.bench.measure import Meter, Run, Spread, Times
+from dropgen_fast.errors import InputError
+from dropgen_fast.features import FrozenExtractor, anatomix, load_extractor
+from dropgen_fast.features.folded import FoldedUNet
+from dropgen_fast.features.mind import MIND as PlainMIND  # MERGE: from kernels.mind_ssc.reference, once it is there
+from dropgen_fast.networks import one_line
+
+SIZES = {"cpu": (96, 96, 96), "cuda": (128, 128, 128)}
+BATCHES = {"cpu": 1, "cuda": 4}
+PRECISIONS = {"cpu": "fp32", "cuda": "bf16"}
+NAMES = (*anatomix.ARCHITECTURES, "mind")
+READY = 3  # images, used in turn
+
+Way = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ExtractorConfig:
+    """What is extracted from what."""
+
+    names: tuple[str, ...] = ("anatomix", "mind")
+    """Of anatomix, anatomix-dev and mind."""
+    size: tuple[int, int, int] | None = None
+    """Voxels; default 96³ on a CPU, 128³ on a GPU."""
+    batch: int | None = None
+    """Images; default 1 on a CPU, 4 on a GPU."""
+    precision: str | None = None
+    """bf16, under autocast as in training, or fp32; default fp32 on a CPU, bf16 on a GPU."""
+
+
+@dataclass(frozen=True)
+class ExtractorResult:
+    """Milliseconds and ratios by ``<extractor>.<way>``."""
+
+    config: ExtractorConfig
+    ms: Mapping[str, Spread]
+    ratios: Mapping[str, Spread]
+    rounds: int
+    problems: Mapping[str, str]
+    """What could not be run, and why."""
+
+
+def resolved(config: ExtractorConfig, device: torch.device) -> ExtractorConfig:
+    """The configuration with what the device decides."""
+    kind = device.type
+    chosen = replace(config, size=config.size or SIZES[kind], batch=config.batch or BATCHES[kind],
+                     precision=config.precision or PRECISIONS[kind])
+    if chosen.precision not in ("bf16", "fp32"):
+        raise InputError(f"--extractor.precision must be bf16 or fp32, got {chosen.precision!r}")
+    if not chosen.names or any(name not in NAMES for name in chosen.names):
+        raise InputError(f"--extractor.names must be of {', '.join(NAMES)}, got {' '.join(chosen.names)}")
+    return chosen
+
+
+def run(
+    config: ExtractorConfig, meter: Meter, seconds: float, progress: Callable[[str], None] = lambda text: None,
+) -> ExtractorResult:
+    """Measure every way of each extractor, one extractor after the other, for about `seconds`; compiling comes on top.
+
+    Raises:
+        InputError: an option that does not fit, or an image too large for the memory.
+    """
+    config = resolved(config, meter.device)
+    assert config.size is not None
+    assert config.batch is not None
+    for name in config.names:
+        _frozen(name).check_patch(config.size)
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.rand(config.batch, 1, *config.size, generator=generator).to(meter.device) for _ in range(READY)]
+    ms: dict[str, Spread] = {}
+    ratios: dict[str, Spread] = {}
+    problems: dict[str, str] = {}
+    rounds = 0
+    for name in config.names:
+        runs: dict[str, Run] = {}
+        for way, function in _ways(name, meter.device).items():
+            progress(f"{name}: warming up {way}")
+            one = _run(function, images, half=config.precision == "bf16")
+            try:
+                for number in range(2):
+                    one(number, 0, lambda: None)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                raise InputError(f"{config.batch} images of {config.size} do not fit the memory of {meter.device}; take a "
+                                 "smaller --extractor.size or --extractor.batch") from error
+            except Exception as error:  # a compiler that is missing or fails, in its own words
+                if way != "compile":
+                    raise
+                problems[f"{name}.{way}"] = one_line(error)
+                continue
+            runs[way] = one
+        times = meter.interleave(runs, seconds / len(config.names))
+        rounds = times.rounds
+        ms |= {f"{name}.{way}": Spread.of(times.ms(way, 0, 1)) for way in runs}
+        ratios |= _ratios(name, times)
+    return ExtractorResult(config, ms, ratios, rounds, problems)
+
+
+def screen(result: ExtractorResult) -> str:
+    """The result for a terminal."""
+    config = result.config
+    d, h, w = config.size or (0, 0, 0)
+    lines = [f"extractors: {config.batch} images of {d} × {h} × {w}, {config.precision}, {result.rounds} rounds",
+             f"{'':<26}{'ms':>10}{'quartiles':>20}"]
+    lines += [f"{name:<26}{spread.median:>10.1f}{f'{spread.low:.1f} – {spread.high:.1f}':>20}"
+              for name, spread in result.ms.items()]
+    for name, spread in result.ratios.items():
+        text = {"claim": f"{spread.median:.2f}", "one": "no difference", "unclear": "unclear"}[spread.verdict()]
+        lines.append(f"{name:<26}{text:>14}  ({spread.low:.2f} – {spread.high:.2f})")
+    lines += [f"{name} could not be run: {problem}" for name, problem in result.problems.items()]
+    return "\n".join(lines)
+
+
+def values(result: ExtractorResult) -> dict[str, tuple[Spread, str]]:
+    """Name of each row to its value and unit."""
+    return ({f"extractor.{name}.ms": (spread, "ms") for name, spread in result.ms.items()}
+            | {f"extractor.{name}": (spread, "ratio") for name, spread in result.ratios.items()})
+
+
+def picture(result: ExtractorResult) -> bytes:
+    """The times as bars, a PNG."""
+    figure = Figure(figsize=(7, 0.5 * len(result.ms) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    names = list(reversed(list(result.ms)))
+    spreads = [result.ms[name] for name in names]
+    axes.barh(names, [s.median for s in spreads], color=["#0072B2" if n.endswith(".ours") else "#D55E00" for n in names],
+              xerr=[[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]], capsize=3)
+    axes.set_xlabel("ms, median and quartiles")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=120)
+    return png.getvalue()
+
+
+def plain(name: str) -> nn.Module:
+    """The definition of an extractor (N, 1, D, H, W) → (N, C, d, h, w), in evaluation mode, with random weights if it has any."""
+    if name == "mind":
+        return PlainMIND().eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return anatomix.build(name).eval().requires_grad_(False)
+
+
+def _frozen(name: str) -> FrozenExtractor:
+    """The same as `load_extractor` gives it."""
+    if name == "mind":
+        return load_extractor(name)
+    network = plain(name)
+    return FrozenExtractor(FoldedUNet(network), name=name, channels=anatomix.channels(name), sha256="")  # type: ignore[arg-type]
+
+
+def _ways(name: str, device: torch.device) -> dict[str, Way]:
+    ours, definition = _frozen(name).to(device), plain(name).to(device)
+    if device.type == "cuda":
+        ours.compile(dynamic=False)  # as `TrainingStep` does
+    return {"ours": ours, "eager": definition, "compile": torch.compile(definition, fullgraph=True, dynamic=False)}
+
+
+def _ratios(name: str, times: Times) -> dict[str, Spread]:
+    def over(way: str) -> Spread:
+        return Spread.of(a / b for a, b in zip(times.ms(way, 0, 1), times.ms("ours", 0, 1), strict=True))
+
+    ratios = {f"{name}.x_plain": over("compile")} if "compile" in times else {}
+    return ratios | {f"{name}.x_eager": over("eager")}
+
+
+def _run(way: Way, images: list[Tensor], *, half: bool) -> Run:
+    def run(number: int, place: int, mark: Callable[[], None]) -> None:
+        image = images[number % len(images)]
+        with torch.no_grad(), torch.autocast(image.device.type, torch.bfloat16) if half else contextlib.nullcontext():
+            mark()
+            way(image)
+            mark()
+
+    return run
