@@ -150,6 +150,7 @@ class ModelConfig:
 
 def build_model(
     config: ModelConfig, *, image_channels: int, classes: int, patch: tuple[int, int, int], batch_size: int = 2,
+    extractor: FrozenExtractor | None = None,
 ) -> DropGen:
     """The model that a configuration describes, on the CPU, with fresh weights drawn from torch's generator.
 
@@ -158,14 +159,17 @@ def build_model(
         image_channels, classes: of the data; the background is a class.
         patch: (D, H, W) in voxels.
         batch_size: patches at once in training, which the network is tried on.
+        extractor: takes the place of the one that the configuration names, where the method has one.
 
     Raises:
         InputError: an extractor or network that cannot be had, or a patch or batch that the network cannot take.
     """
-    extractor = None
-    if config.method != "erm":
+    if config.method == "erm":
+        extractor = None
+    elif extractor is None:
         extractor = load_extractor(config.extractor, stride=config.extractor_stride, weights=config.extractor_weights,
                                    sha256=config.extractor_sha256, revision=config.extractor_revision)
+    if extractor is not None:
         extractor.check_patch(patch)
     mode = MODES.get(config.method)
     try:

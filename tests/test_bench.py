@@ -125,7 +125,7 @@ def test_quick_is_small_unless_said_otherwise(quick, monkeypatch):
 
 
 @pytest.mark.parametrize(("bad", "words"), [
-    (["--suite", "steps"], "--suite must be one of overview, op, step, all, got 'steps'"),
+    (["--suite", "steps"], "--suite must be one of overview, op, extractor, loading, step, all, got 'steps'"),
     (["--rounds", "0"], "--rounds must be at least 1, got 0"),
     (["--threads", "-1"], "--threads must be at least 1"),
     (["--seconds", "0"], "--seconds must be above 0"),

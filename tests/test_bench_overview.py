@@ -141,5 +141,5 @@ def test_a_preset_decides_patch_and_classes() -> None:
 
 def test_the_loader_is_timed_alone() -> None:
     config = step.resolved(step.StepConfig(patch=(16, 16, 16)), torch.device("cpu"))
-    spread = overview.loader_ms(config, torch.device("cpu"), 1, 0.1, quick=True)
+    spread = overview.loader_ms(config, torch.device("cpu"), 1, 0.1)
     assert 0 < spread.low <= spread.median <= spread.high < 10_000

@@ -11,20 +11,22 @@ Weights are random: no arithmetic depends on their values.
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from dropgen_fast.bench.measure import Meter, Run, Spread, Times
+from dropgen_fast.bench.report import ratio_text
 from dropgen_fast.errors import InputError
 from dropgen_fast.features import FrozenExtractor, anatomix, load_extractor
 from dropgen_fast.features.folded import FoldedUNet
 from dropgen_fast.features.mind import MIND as PlainMIND  # MERGE: from kernels.mind_ssc.reference, once it is there
 from dropgen_fast.networks import one_line
+from dropgen_fast.page import plain_axes, to_png
 
 SIZES = {"cpu": (96, 96, 96), "cuda": (128, 128, 128)}
 BATCHES = {"cpu": 1, "cuda": 4}
@@ -85,7 +87,7 @@ def run(
     assert config.size is not None
     assert config.batch is not None
     for name in config.names:
-        _frozen(name).check_patch(config.size)
+        frozen(name).check_patch(config.size)
     generator = torch.Generator().manual_seed(0)
     images = [torch.rand(config.batch, 1, *config.size, generator=generator).to(meter.device) for _ in range(READY)]
     ms: dict[str, Spread] = {}
@@ -122,11 +124,9 @@ def screen(result: ExtractorResult) -> str:
     d, h, w = config.size or (0, 0, 0)
     lines = [f"extractors: {config.batch} images of {d} × {h} × {w}, {config.precision}, {result.rounds} rounds",
              f"{'':<26}{'ms':>10}{'quartiles':>20}"]
-    lines += [f"{name:<26}{spread.median:>10.1f}{f'{spread.low:.1f} – {spread.high:.1f}':>20}"
+    lines += [f"{name:<26}{spread.median:>10.1f}{f'{spread.low:.1f} - {spread.high:.1f}':>20}"
               for name, spread in result.ms.items()]
-    for name, spread in result.ratios.items():
-        text = {"claim": f"{spread.median:.2f}", "one": "no difference", "unclear": "unclear"}[spread.verdict()]
-        lines.append(f"{name:<26}{text:>14}  ({spread.low:.2f} – {spread.high:.2f})")
+    lines += [f"{name:<34}{ratio_text(spread)}" for name, spread in result.ratios.items()]
     lines += [f"{name} could not be run: {problem}" for name, problem in result.problems.items()]
     return "\n".join(lines)
 
@@ -139,18 +139,15 @@ def values(result: ExtractorResult) -> dict[str, tuple[Spread, str]]:
 
 def picture(result: ExtractorResult) -> bytes:
     """The times as bars, a PNG."""
-    figure = Figure(figsize=(7, 0.5 * len(result.ms) + 1.2), layout="constrained")
+    figure = Figure(figsize=(9.2, 0.5 * len(result.ms) + 1.2), layout="constrained")
     axes = figure.subplots()
     names = list(reversed(list(result.ms)))
     spreads = [result.ms[name] for name in names]
     axes.barh(names, [s.median for s in spreads], color=["#0072B2" if n.endswith(".ours") else "#D55E00" for n in names],
               xerr=[[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]], capsize=3)
     axes.set_xlabel("ms, median and quartiles")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    png = io.BytesIO()
-    figure.savefig(png, dpi=120)
-    return png.getvalue()
+    plain_axes(axes)
+    return to_png(figure, 120)
 
 
 def plain(name: str) -> nn.Module:
@@ -162,16 +159,16 @@ def plain(name: str) -> nn.Module:
         return anatomix.build(name).eval().requires_grad_(False)
 
 
-def _frozen(name: str) -> FrozenExtractor:
-    """The same as `load_extractor` gives it."""
-    if name == "mind":
-        return load_extractor(name)
-    network = plain(name)
-    return FrozenExtractor(FoldedUNet(network), name=name, channels=anatomix.channels(name), sha256="")  # type: ignore[arg-type]
+def frozen(name: str, stride: int = 1) -> FrozenExtractor:
+    """The same as `load_extractor` gives it; of the anatomix family with the weights of `plain`."""
+    if name not in anatomix.ARCHITECTURES:
+        return load_extractor(name, stride=stride)
+    network: Any = plain(name)
+    return FrozenExtractor(FoldedUNet(network), name=name, channels=anatomix.channels(name), stride=stride, sha256="")
 
 
 def _ways(name: str, device: torch.device) -> dict[str, Way]:
-    ours, definition = _frozen(name).to(device), plain(name).to(device)
+    ours, definition = frozen(name).to(device), plain(name).to(device)
     if device.type == "cuda":
         ours.compile(dynamic=False)  # as `TrainingStep` does
     return {"ours": ours, "eager": definition, "compile": torch.compile(definition, fullgraph=True, dynamic=False)}

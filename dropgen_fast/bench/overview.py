@@ -28,7 +28,8 @@ from dropgen_fast.step import PARTS
 
 SHARES = {"op": 0.2, "step": 0.6, "loader": 0.2}
 """Of the seconds for measuring."""
-LOADER_CASES = 2
+LOADER_CASES, LOADER_EDGE = 2, 1.5
+"""Volumes of noise, and the longest edge of the largest in edges of the patch."""
 LOADER_WARM, LOADER_GROUP, LOADER_LEAST = 4, 3, 5
 """Batches before the first is timed; batches that are timed together, since some lie ready; such groups at least."""
 HEAVY = 0.25
@@ -47,7 +48,7 @@ class OverviewResult:
 
 
 def run(
-    op_config: OpConfig, step_config: StepConfig, meter: Meter, seconds: float, *, quick: bool,
+    op_config: OpConfig, step_config: StepConfig, meter: Meter, seconds: float,
     progress: Callable[[str], None] = lambda text: None,
 ) -> OverviewResult:
     """Measure for about `seconds`; compiling, warming up and preparing a store come on top.
@@ -63,17 +64,18 @@ def run(
     of_step = step.run(step_config, meter, SHARES["step"] * seconds, lambda text: progress(f"step: {text}"))
     threads = torch.get_num_threads()
     progress("loader: a store of noise")
-    loader = loader_ms(step_config, meter.device, threads, SHARES["loader"] * seconds, quick=quick)
+    loader = loader_ms(step_config, meter.device, threads, SHARES["loader"] * seconds)
     of_op = op.run(op_config, meter, SHARES["op"] * seconds, lambda text: progress(f"op {text}"))
     return OverviewResult(of_op, of_step, loader, threads)
 
 
-def loader_ms(config: StepConfig, device: torch.device, threads: int, seconds: float, *, quick: bool) -> Spread:
+def loader_ms(config: StepConfig, device: torch.device, threads: int, seconds: float) -> Spread:
     """Milliseconds of a batch of the paper's recipe from a store of noise that the page cache holds."""
     assert config.patch is not None
     assert config.batch is not None
     with tempfile.TemporaryDirectory() as folder:
-        store = Store.open(make_store(Path(folder), config.patch, cases=LOADER_CASES, seed=0, workers=1, quick=quick))
+        store = Store.open(make_store(Path(folder), config.patch, cases=LOADER_CASES, seed=0, workers=1,
+                                      edges=(max(config.patch), int(LOADER_EDGE * max(config.patch)))))
         pipeline = TrainingPipeline(store, patch=config.patch, batch_size=config.batch, seed=0,
                                     augmentation=AugmentationConfig(), num_threads=threads,
                                     device=device.index or 0 if device.type == "cuda" else None)

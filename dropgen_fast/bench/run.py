@@ -16,8 +16,11 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from dropgen_fast.bench import compare, machine, overview, report, step
-from dropgen_fast.bench.measure import Meter
+from dropgen_fast.bench import compare, extractor, machine, overview, report, step
+from dropgen_fast.bench.extractor import ExtractorConfig
+from dropgen_fast.bench.loading import suite as loading
+from dropgen_fast.bench.loading.suite import LoadingConfig
+from dropgen_fast.bench.measure import Meter, Spread
 from dropgen_fast.bench.op import OpConfig
 from dropgen_fast.bench.op import run as measure_op
 from dropgen_fast.bench.page import page
@@ -40,8 +43,8 @@ class BenchConfig:
 
     suite: str = "overview"
     """What to measure. overview: the machine, the op on one case, the parts of a training step, the loader, and what limits;
-    op: the fusion op on all its cases; step: an optimizer step of DropGen, of ERM and of the plain recipe; all: one after the
-    other."""
+    op: the fusion op on all its cases; extractor: the frozen extractors beside their plain definitions; loading: the loader
+    beside MONAI's; step: an optimizer step of DropGen, of ERM and of the plain recipe; all: one after the other."""
     preset: str | None = None
     """A data set's preset: its patch and its number of classes are what is trained on."""
     device: str = "auto"
@@ -66,6 +69,10 @@ class BenchConfig:
     """A smoke test: 32³ voxels, stride 2, a small network, few rounds, unless said otherwise; numbers that mean little."""
     op: Annotated[OpConfig, tyro.conf.arg(name="")] = field(default_factory=OpConfig)
     """Options of the suite op."""
+    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
+    """Options of the suite extractor."""
+    loading: LoadingConfig = field(default_factory=LoadingConfig)
+    """Options of the suite loading."""
     step: StepConfig = field(default_factory=StepConfig)
     """Options of the suite step."""
 
@@ -85,7 +92,7 @@ Suite = Callable[[BenchConfig, Meter, dict[str, Any], float], Outcome]
 
 def run_overview(config: BenchConfig, meter: Meter, facts: dict[str, Any], seconds: float) -> Outcome:
     """The suite "overview"."""
-    result = overview.run(config.op, config.step, meter, seconds, quick=config.quick, progress=_progress("overview"))
+    result = overview.run(config.op, config.step, meter, seconds, _progress("overview"))
     return Outcome(overview.screen(result, facts), overview.rows(result, facts),
                    {"Timeline of a step": lambda: step.picture(result.step),
                     "Roofline and bandwidth of the op": lambda: report.picture(result.op, facts)})
@@ -98,15 +105,37 @@ def run_op(config: BenchConfig, meter: Meter, facts: dict[str, Any], seconds: fl
                    {"Roofline and bandwidth of the op": lambda: report.picture(result, facts)})
 
 
+def run_extractor(config: BenchConfig, meter: Meter, facts: dict[str, Any], seconds: float) -> Outcome:
+    """The suite "extractor"."""
+    result = extractor.run(config.extractor, meter, seconds, _progress("extractor"))
+    about = {**facts, "case": dataclasses.asdict(result.config), "rounds": result.rounds}
+    return Outcome(extractor.screen(result), _rows(extractor.values(result), about),
+                   {"Extractors beside their plain definitions": lambda: extractor.picture(result)})
+
+
+def run_loading(config: BenchConfig, meter: Meter, facts: dict[str, Any], seconds: float) -> Outcome:
+    """The suite "loading"."""
+    result = loading.run(config.loading, meter.device, seconds, _progress("loading"), rounds=config.rounds,
+                         threads=config.threads)
+    about = {**facts, "case": loading.fields(result), "rounds": result.rounds}
+    return Outcome(loading.screen(result), _rows(loading.values(result), about),
+                   {"Loading beside MONAI's": lambda: loading.picture(result)})
+
+
 def run_step(config: BenchConfig, meter: Meter, facts: dict[str, Any], seconds: float) -> Outcome:
     """The suite "step"."""
     result = step.run(config.step, meter, seconds, _progress("step"))
     about = {**facts, "case": step.fields(result.config), "rounds": result.rounds}
-    rows = [report.make_row(name, spread, unit, about) for name, (spread, unit) in step.values(result).items()]
-    return Outcome(step.screen(result), rows, {"Timeline of a step": lambda: step.picture(result)})
+    return Outcome(step.screen(result), _rows(step.values(result), about),
+                   {"Timeline of a step": lambda: step.picture(result)})
 
 
-SUITES: dict[str, Suite] = {"overview": run_overview, "op": run_op, "step": run_step}
+def _rows(values: Mapping[str, tuple[Spread, str]], about: Mapping[str, Any]) -> list[report.Row]:
+    return [report.make_row(name, spread, unit, about) for name, (spread, unit) in values.items()]
+
+
+SUITES: dict[str, Suite] = {"overview": run_overview, "op": run_op, "extractor": run_extractor, "loading": run_loading,
+                            "step": run_step}
 
 
 def bench(config: BenchConfig) -> Outcome:
@@ -128,7 +157,8 @@ def bench(config: BenchConfig) -> Outcome:
         begun = time.perf_counter()
         outcomes: dict[str, Outcome] = {}
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            for suite in SUITES if config.suite == ALL else [config.suite]:
+            # What the overview measures the suites measure again, on all cases.
+            for suite in [name for name in SUITES if name != "overview"] if config.suite == ALL else [config.suite]:
                 outcomes[suite] = SUITES[suite](config, Meter(device, rounds=config.rounds), facts, seconds)
                 print(outcomes[suite].screen, flush=True)
             if config.trace is not None:
@@ -155,8 +185,11 @@ def _resolved(config: BenchConfig) -> BenchConfig:
         op = dataclasses.replace(op, size=op.size or preset.patch or ())
     if config.quick:
         op = dataclasses.replace(op, size=op.size or (QUICK_SIZE,), strides=op.strides or (QUICK_STRIDE,))
-        of_step = dataclasses.replace(of_step, patch=of_step.patch or (QUICK_SIZE,) * 3,
+        cube = (QUICK_SIZE,) * 3
+        of_step = dataclasses.replace(of_step, patch=of_step.patch or cube,
                                       network_options=of_step.network_options or QUICK_NETWORK)
+        config = dataclasses.replace(config, extractor=dataclasses.replace(config.extractor, size=config.extractor.size or cube),
+                                     loading=dataclasses.replace(config.loading, patch=config.loading.patch or cube))
     return dataclasses.replace(config, op=op, step=of_step)
 
 

@@ -19,6 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dropgen_fast.bench import extractor
 from dropgen_fast.bench.measure import Meter, Run, Spread, Times
 from dropgen_fast.bench.recipe import Recipe
 from dropgen_fast.bench.report import ratio_text
@@ -48,7 +49,7 @@ class StepConfig:
     classes: int = 4
     """With the background."""
     extractor: str = "mind"
-    """As train's."""
+    """As train's; of the anatomix family with random weights, on whose values no time depends."""
     strides: tuple[int, ...] = (1, 2)
     """Of the extractor; the first is compared with the recipe, which has stride 1."""
     network_options: tuple[str, ...] = ()
@@ -115,7 +116,7 @@ def run(config: StepConfig, meter: Meter, seconds: float, progress: Callable[[st
 
 def ways(config: StepConfig, device: torch.device, batches: Sequence[Batch]) -> dict[str, Callable[[], Run]]:
     """What is compared, by name; each is made when it is called."""
-    found = {"erm": functools.partial(_ours, config, device, "erm", 1, batches)}
+    found: dict[str, Callable[[], Run]] = {"erm": functools.partial(_ours, config, device, "erm", 1, batches)}
     for stride in config.strides:
         found[_name(stride)] = functools.partial(_ours, config, device, "dropgen", stride, batches)
     found["recipe"] = functools.partial(_recipe, config, device, batches, compiled=False)
@@ -204,7 +205,8 @@ def _model(config: StepConfig, device: torch.device, method: str, stride: int) -
     settings = ModelConfig(method=method, extractor=config.extractor, extractor_stride=stride,  # type: ignore[arg-type]
                            network_options=config.network_options, precision=config.precision)  # type: ignore[arg-type]
     torch.manual_seed(0)
-    model = build_model(settings, image_channels=1, classes=config.classes, patch=config.patch).to(device).train()
+    model = build_model(settings, image_channels=1, classes=config.classes, patch=config.patch,
+                        extractor=extractor.frozen(config.extractor, stride)).to(device).train()
     return model, TrainConfig(store=Path(), out=Path(), model=settings, compile=config.compile)
 
 
@@ -227,10 +229,11 @@ def _ours(config: StepConfig, device: torch.device, method: str, stride: int, ba
 
 
 def _recipe(config: StepConfig, device: torch.device, batches: Sequence[Batch], *, compiled: bool) -> Run:
-    """The same network, weights and extractor, in torch's own memory layout, as the reference trains it."""
+    """The same network and weights in torch's own memory layout, and the extractor's plain definition: the reference's step."""
     model, _ = _model(config, device, "dropgen", 1)
     network = copy.deepcopy(model.network).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    recipe = Recipe(network, model.extractor, bf16=config.precision == "bf16")
+    features = extractor.plain(config.extractor).to(device) if config.extractor in extractor.NAMES else model.extractor
+    recipe = Recipe(network, features, bf16=config.precision == "bf16")
     if compiled:
         network.compile()
         recipe.fused = torch.compile(recipe.fused)  # type: ignore[method-assign]
