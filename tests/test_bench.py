@@ -317,7 +317,7 @@ def test_spread_is_median_and_quartiles():
 def test_a_ratio_is_claimed_only_where_its_spread_allows(spread, verdict, text):
     assert spread.verdict() == verdict
     assert report.ratio_text(spread) == text
-    assert report._row("op.forward.x_eager", spread, "ratio", {})["claim"] == (verdict == "claim")
+    assert report.make_row("op.forward.x_eager", spread, "ratio", {})["claim"] == (verdict == "claim")
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel does not let the peak be reset")

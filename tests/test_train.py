@@ -87,9 +87,9 @@ def test_a_run_leaves_all_that_it_should(trained: Path) -> None:
 def learned(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of each method that is long enough to have learned."""
     out = tmp_path_factory.mktemp("learned") / request.param
-    assert command(train, ["--store", store, "--out", out, "--method", request.param, "--fusion.p", 0.25, *RECIPE, "--steps", 200,
+    assert command(train, ["--store", store, "--out", out, "--method", request.param, "--fusion.p", 0.25, *RECIPE, "--steps", 400,
                            "--augmentation.affine-probability", 0, "--augmentation.gamma-probability", 0,
-                           "--validate-every", 200]) == 0
+                           "--validate-every", 400]) == 0
     return out
 
 
@@ -130,7 +130,7 @@ def test_a_disk_that_refuses_is_one_line(store: Path, tmp_path: Path, capsys: py
 def test_any_network_with_any_loss_by_path(store: Path, tmp_path: Path, network: str, options: list[str], loss: str) -> None:
     """Through the command: the first layer's channels, the classes and the heads are taken care of."""
     out = tmp_path / "run"
-    assert command(train, ["--store", store, "--out", out, *RECIPE, "--patch", 32, 32, 32, "--network", network,
+    assert command(train, ["--store", store, "--out", out, *RECIPE, "--patch", 64, 32, 32, "--network", network,
                            "--network-options", *options, "--loss", loss, "--steps", 2, "--validate-every", 2,
                            "--batch-size", 1]) == 0
     assert all(math.isfinite(value) for value in losses(out))

@@ -133,8 +133,8 @@ def advice(result: OverviewResult, device: str, *, meter_is_gpu: bool) -> str:
     whole = of_step.ms["dropgen"].median
     parts = {part: spread.median for part, spread in of_step.parts["dropgen"].items()}
     if result.loader_ms.median > whole:
-        return (f"loading: a batch takes {result.loader_ms.median:.0f} ms to load and {whole:.0f} ms to train on; give more "
-                f"--loader-threads (here {result.loader_threads}), or a faster disk (docs/loading.md)")
+        return (f"loading: {result.loader_ms.median:.0f} ms a batch, and {whole:.0f} ms to train on it: more --loader-threads "
+                f"({result.loader_threads} here), or a faster disk (docs/loading.md)")
     if parts["extractor"] > HEAVY * whole:
         stride = next((s for s in config.strides if s > 1), None)
         told = f" (the step then takes {of_step.ms[f'dropgen_stride{stride}'].median / whole:.2f} of the time)" if stride else ""
