@@ -76,13 +76,13 @@ BALANCED = {"extractor": 5.0, "fusion": 5.0, "forward": 30.0, "backward": 50.0, 
     (made_up(BALANCED, loader_ms=150), False, "loading: 150 ms a batch, and 100 ms to train on it: more --loader-threads (2 here)"),
     (made_up({**BALANCED, "extractor": 100.0}), False, "--extractor-stride 2 (the step then takes 0.50 of the time)"),
     (made_up({**BALANCED, "optimizer": 80.0}), True, "the optimizer, 47 % of the step: more patches a step"),
-    (made_up(BALANCED), False, "the network, 80 % of the step: arithmetic on AMD; a GPU"),
+    (made_up(BALANCED), False, "the network, 80 % of the step, on a CPU: a GPU"),
     (made_up(BALANCED), True, "compile it"),
     (made_up(BALANCED, compiled=True), True, "--precision bf16"),
     (made_up(BALANCED, compiled=True, precision="bf16"), True, "--cuda-graph"),
 ])
 def test_what_limits_is_named_with_what_to_change(result: OverviewResult, gpu: bool, words: str) -> None:
-    told = advice(result, "AMD", meter_is_gpu=gpu)
+    told = advice(result, on_gpu=gpu)
     assert words in told
     assert "\n" not in told
 

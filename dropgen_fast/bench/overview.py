@@ -124,10 +124,10 @@ def screen(result: OverviewResult, facts: Mapping[str, Any]) -> str:
     rate = patches_per_s(result)
     lines += ["", f"patches  {rate.median:.2f} a second ({rate.low:.2f} - {rate.high:.2f})"]
     lines += [f"ratio    {_RATIOS.get(name, name):<34}{report.ratio_text(spread)}" for name, spread in of_step.ratios.items()]
-    return "\n".join([*lines, "", f"limits   {advice(result, str(facts['device']), meter_is_gpu=facts['driver'] is not None)}"])
+    return "\n".join([*lines, "", f"limits   {advice(result, on_gpu=facts['driver'] is not None)}"])
 
 
-def advice(result: OverviewResult, device: str, *, meter_is_gpu: bool) -> str:
+def advice(result: OverviewResult, *, on_gpu: bool) -> str:
     """What limits the training here, and what to change: one line."""
     of_step, config = result.step, result.step.config
     whole = of_step.ms["dropgen"].median
@@ -144,8 +144,8 @@ def advice(result: OverviewResult, device: str, *, meter_is_gpu: bool) -> str:
         return (f"the optimizer, {100 * parts['optimizer'] / whole:.0f} % of the step: more patches a step (--batch-size, "
                 "--accumulate)")
     network = f"the network, {100 * (parts['forward'] + parts['backward']) / whole:.0f} % of the step"
-    if not meter_is_gpu:
-        return f"{network}: arithmetic on {device}; a GPU, or a smaller network (--network-options base_channels=…)"
+    if not on_gpu:
+        return f"{network}, on a CPU: a GPU, or a smaller network (--network-options base_channels=…)"
     if not config.compile:
         return f"{network}: compile it (--compile True)"
     if config.precision != "bf16":
