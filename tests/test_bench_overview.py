@@ -73,7 +73,8 @@ BALANCED = {"extractor": 5.0, "fusion": 5.0, "forward": 30.0, "backward": 50.0, 
 
 
 @pytest.mark.parametrize(("result", "gpu", "words"), [
-    (made_up(BALANCED, loader_ms=150), False, "loading: 150 ms a batch, and 100 ms to train on it: more --loader-threads (2 here)"),
+    (made_up(BALANCED, loader_ms=150), False,
+     "loading: 150 ms a batch, and 100 ms to train on it: more --loader-threads (2 here)"),
     (made_up({**BALANCED, "extractor": 100.0}), False, "--extractor-stride 2 (the step then takes 0.50 of the time)"),
     (made_up({**BALANCED, "optimizer": 80.0}), True, "the optimizer, 47 % of the step: more patches a step"),
     (made_up(BALANCED), False, "the network, 80 % of the step, on a CPU: a GPU"),
