@@ -18,7 +18,7 @@ COMMANDS = {
     "train": "train DropGen, or ERM to compare with, on a prepared store, on one or many GPUs",
     "predict": "segment NIfTI images with a trained run, in their original geometry",
     "evaluate": "score predictions against labels: Dice, HD95, surface Dice, volumes; intervals, and a test between two runs",
-    "bench": "measure speed on this machine beside what one would write instead, as rows, a table and a picture",
+    "bench": "where the time of a training goes on this machine, beside what one would write instead, and what to change",
     "demo": "the whole of it on real MR data that ships with a dependency, with a report at the end",
 }
 
