@@ -1,6 +1,7 @@
 """Triton's kernels run in its interpreter, which has to be said before they are imported; `pytest -m gpu` runs them for real."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,6 +21,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch with a single thread: sums have the same order on every machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=("reference", "native", "triton"))

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from dropgen_fast.distributed import Ranks
 from dropgen_fast.errors import InputError
 from dropgen_fast.settings import parse
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as torchrun gives each process
 STEPS, SAMPLES = 8, 2
 RECIPE = ["--patch", "16", "16", "16", "--steps", str(STEPS), "--network-options", "base_channels=4", "downsamplings=2",
           "normalization=instance", "--precision", "fp32", "--fusion.p", "0.5", "--learning-rate", "3e-4", "--log-every", "1",
@@ -37,15 +38,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cohort = write_cohort(folder / "nifti", {"train": 4, "val": 3}, shape=(20, 20, 18))
     assert prepare.main(["--source", str(cohort), "--store", str(folder / "store"), "--workers", "1"]) == 0
     return folder / "store"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As torchrun gives each process: sums have the same order everywhere."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def launcher(store: Path, out: Path, *arguments: str, restarts: int = 0, processes: int = 2) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from dropgen_fast.losses import build_loss
 from dropgen_fast.model import FusionConfig, Method, ModelConfig, build_model
 from dropgen_fast.step import TrainingStep
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 METHODS: tuple[Method, ...] = ("erm", "dropgen")
 STEPS, CLASSES, SIDE = 20, 4, 16
@@ -50,15 +50,6 @@ def losses(method: Method, perturbation: int = 0) -> list[float]:
             image = image * (1 + 1e-7 * torch.randn(image.shape, generator=noise))
         found.append(float(step([(image, label)], number)))
     return found
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums have the same order on every machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("method", METHODS)
