@@ -70,6 +70,9 @@ class TrainConfig:
     """What does the intensities: one op (fused), or one DALI operator after the other (dali); the same voxels."""
     validate_every: int = 1000
     """Steps between validations; last.pt is written then, and best.pt where the mean Dice has risen."""
+    feature_cache: Path | None = None
+    """Folder that keeps the features of validation volumes, so that each is extracted once and not at every validation; as whole
+    volumes, which docs/prediction.md tells from windows."""
     save_every: int = 1000
     """Steps between checkpoints; last.pt is written then, and at every validation."""
     log_every: int = 50

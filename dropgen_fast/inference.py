@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dropgen_fast.data.prepare import minmax
 from dropgen_fast.errors import InputError
 from dropgen_fast.features import FrozenExtractor
+from dropgen_fast.features.cache import FeatureCache
 from dropgen_fast.model import DropGen
 
 Shape = tuple[int, int, int]
@@ -68,7 +69,7 @@ def choose_device(name: str) -> torch.device:
 @torch.inference_mode()
 def class_probabilities(
     model: DropGen, image: npt.NDArray[np.float32], patch: Shape, *, overlap: float = 0.5, windows_per_batch: int = 1,
-    mirror: Sequence[int] = (), features: FeatureSource = "window", offload: Offload = "auto",
+    mirror: Sequence[int] = (), features: FeatureSource = "window", offload: Offload = "auto", cache: FeatureCache | None = None,
 ) -> Tensor:
     """Class probabilities (classes, D, H, W), float32, of a prepared volume (D, H, W, C).
 
@@ -85,6 +86,7 @@ def class_probabilities(
         features: see `FeatureSource`. "volume" falls back to "window" where it cannot be had, and logs a line that says why.
         offload: see `Offload`. Unless "never", a volume for which the GPU's memory does not suffice is tried once more,
             offloaded and window by window. Nothing changes for a model on the CPU.
+        cache: where features of volumes are kept and looked for.
 
     Returns:
         On the model's device, or on the CPU where the volume was offloaded.
@@ -97,7 +99,7 @@ def class_probabilities(
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     device = next(model.parameters()).device
     volume = torch.from_numpy(np.ascontiguousarray(minmax(image).transpose(3, 0, 1, 2)))[None]
-    slide = functools.partial(_slide, model, patch=patch, overlap=overlap, mirror=mirror, features=features)
+    slide = functools.partial(_slide, model, patch=patch, overlap=overlap, mirror=mirror, features=features, cache=cache)
     training = model.training
     model.eval()
     try:
@@ -119,7 +121,7 @@ def class_probabilities(
 
 def _slide(
     model: DropGen, volume: Tensor, *, patch: Shape, overlap: float, windows_per_batch: int, mirror: Sequence[int],
-    features: FeatureSource,
+    features: FeatureSource, cache: FeatureCache | None,
 ) -> Tensor:
     """Probabilities (classes, D, H, W) of a volume (1, Ci, D, H, W), on the device where the volume is."""
     flips = all_flips(mirror)
@@ -132,7 +134,7 @@ def _slide(
             padded, inside = _pad(volume, plan.size)
             for axes in flips:  # the features of a flipped volume are not the flipped features
                 seen = _flip(padded, axes)
-                maps = _volume_features(model, seen, plan, device)
+                maps = _kept_features(model, seen, plan, device, cache)
                 if maps is None:
                     break
                 share = _flip(blend(functools.partial(_predict, model, maps=maps, ratio=plan.ratio), seen,
@@ -245,6 +247,21 @@ def _features_shape(extractor: FrozenExtractor, shape: tuple[int, ...], device: 
             return tuple(extractor(torch.empty((1, *shape), device=device)).shape[1:])
     except Exception:  # whatever a foreign module raises for a size that it cannot take
         return None
+
+
+def _kept_features(model: DropGen, volume: Tensor, plan: FeaturePlan, device: torch.device, cache: FeatureCache | None
+                   ) -> Tensor | None:
+    """As `_volume_features`, where the volume is; from the cache where they are in it."""
+    def compute() -> Tensor | None:
+        return _volume_features(model, volume, plan, device)
+
+    if cache is None or model.extractor is None:
+        return compute()
+    # What kind of device computed them decides rounding.
+    about = {"extractor": model.extractor.identity(), "arithmetic": str(model.fusion.dtype), "device": device.type,
+             "size": plan.extractor_size}
+    features = cache.features(volume, about, compute)
+    return features.to(volume.device) if features is not None else None
 
 
 def _volume_features(model: DropGen, volume: Tensor, plan: FeaturePlan, device: torch.device) -> Tensor | None:

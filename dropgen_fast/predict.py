@@ -34,6 +34,7 @@ from dropgen_fast.data.cohort import ENDINGS, Case, Cohort, read_images
 from dropgen_fast.data.geometry import GridMap, ras_grid, resize, save_like
 from dropgen_fast.data.prepare import PreparedImage, prepare_image
 from dropgen_fast.errors import InputError
+from dropgen_fast.features.cache import FeatureCache
 from dropgen_fast.files import replacing, write_atomically
 from dropgen_fast.inference import FeatureSource, Offload, choose_device, class_probabilities
 from dropgen_fast.model import DropGen, ModelConfig, build_model, check_extractor
@@ -72,6 +73,8 @@ class PredictConfig:
     """Average over flips along these axes: 0 left-right, 1 back-front, 2 down-up; not where classes are sided."""
     features: FeatureSource = "window"
     """Run the extractor on each window, as in training, or once on the volume, which is faster; see docs/prediction.md."""
+    feature_cache: Path | None = None
+    """Folder that keeps the features of volumes (--features volume): models with the same extractor compute them once."""
     offload: Offload = "auto"
     """Keep a volume in the CPU's memory while its windows go through the GPU; auto: where it would not fit."""
     save_probabilities: bool = False
@@ -86,6 +89,8 @@ class PredictConfig:
             raise InputError(f"overlap must be in [0, 1), got {self.overlap}")
         if self.windows_per_batch < 1:
             raise InputError(f"windows_per_batch must be at least 1, got {self.windows_per_batch}")
+        if self.feature_cache is not None and self.features != "volume":
+            raise InputError("feature_cache keeps the features of whole volumes: it needs --features volume")
         if not set(self.mirror) <= {0, 1, 2} or len(set(self.mirror)) != len(self.mirror):
             raise InputError(f"mirror must be different axes of 0, 1 and 2, got {self.mirror}")
         named = [name for name in self.checkpoint if name in NAMED]
@@ -168,7 +173,8 @@ class Predictor:
 
     @torch.inference_mode()  # what is added up are its tensors
     def probabilities(self, image: npt.NDArray[np.float32], *, overlap: float = 0.5, windows_per_batch: int = 1,
-                      mirror: Sequence[int] = (), features: FeatureSource = "window", offload: Offload = "auto") -> Tensor:
+                      mirror: Sequence[int] = (), features: FeatureSource = "window", offload: Offload = "auto",
+                      cache: FeatureCache | None = None) -> Tensor:
         """Mean probabilities (classes, D, H, W), on the CPU, of a prepared volume (D, H, W, C); see `class_probabilities`.
 
         Raises:
@@ -177,7 +183,7 @@ class Predictor:
         total: Tensor | None = None
         for member in self.members:
             share = class_probabilities(member.model, image, member.patch, overlap=overlap, windows_per_batch=windows_per_batch,
-                                        mirror=mirror, features=features, offload=offload).cpu()
+                                        mirror=mirror, features=features, offload=offload, cache=cache).cpu()
             if not all(values.isfinite().all() for values in share):  # class by class: isfinite makes copies
                 raise InputError(f"the scores of {member.path} are not finite; the run has diverged")
             total = share if total is None else total.add_(share)
@@ -204,7 +210,8 @@ def predict_all(config: PredictConfig) -> dict[str, str]:
         {"labels": {name: value for value, name in enumerate(predictor.task["classes"])}}, indent=1))
     todo = [case for case in cohort.cases if not folder.is_done(case.id)]
     segment = functools.partial(predictor.probabilities, overlap=config.overlap, windows_per_batch=config.windows_per_batch,
-                                mirror=config.mirror, features=config.features, offload=config.offload)
+                                mirror=config.mirror, features=config.features, offload=config.offload,
+                                cache=FeatureCache(config.feature_cache) if config.feature_cache is not None else None)
     failed = {entry.id: entry.reason for entry in cohort.left_out} | _predict_cases(predictor, segment, todo, folder)
     total, before = len(cohort.cases) + len(cohort.left_out), len(cohort.cases) - len(todo)
     print(f"{total - len(failed)} of {total} cases predicted into {config.out}"

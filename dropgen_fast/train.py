@@ -27,6 +27,7 @@ from dropgen_fast.data.pipeline import Batch, TrainingPipeline
 from dropgen_fast.data.store import Store, slow_disk
 from dropgen_fast.distributed import Agreement, Ranks, restarted
 from dropgen_fast.errors import InputError
+from dropgen_fast.features.cache import FeatureCache
 from dropgen_fast.files import write_atomically
 from dropgen_fast.inference import class_probabilities, dice_per_class
 from dropgen_fast.losses import build_loss
@@ -74,6 +75,7 @@ class Trainer:
             chain=config.chain, foreground_fraction=config.foreground_fraction, num_threads=config.loader_threads,
             device=self.device.index or 0 if self.device.type == "cuda" else None, rank=self.ranks.rank,
             world_size=self.ranks.size, case_ids=self.subjects, restore=loader_state)
+        self.cache = FeatureCache(config.feature_cache) if config.feature_cache is not None else None
         self.monitor = Monitor(self.device)
 
     def fit(self) -> None:
@@ -125,7 +127,9 @@ class Trainer:
             if label is None:
                 raise InputError(f"validation case {case.id} of {self.store.path} has no label; give it one and prepare again")
             with self.one_step.averaged():
-                found = class_probabilities(self.model, image, self.patch, windows_per_batch=self.config.batch_size).argmax(0)
+                found = class_probabilities(self.model, image, self.patch, windows_per_batch=self.config.batch_size,
+                                            features="volume" if self.cache is not None else "window",
+                                            cache=self.cache).argmax(0)
             truth = torch.from_numpy(label[..., 0]).to(self.device)
             rows[case.id] = dice_per_class(found, truth, len(classes)).tolist()[1:]
             if self.folder is not None and number < self.config.panels:
@@ -151,6 +155,8 @@ class Trainer:
                 _warn(f"flips and turns are on, and {sided[0]!r} is a side: --augmentation.no-mirror keeps left and right apart")
         weights = config.model.extractor_weights
         model = dataclasses.replace(config.model, extractor_weights=weights.resolve() if weights is not None else None)
+        if config.feature_cache is not None:
+            config = dataclasses.replace(config, feature_cache=config.feature_cache.resolve())
         cases = [case.id for case in self.store.cases("train")]
         self.subjects = (choose_subjects(cases, config.num_subjects, config.seed, config.subject_pattern)
                          if config.num_subjects is not None else None)
