@@ -114,8 +114,8 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_validation_extracts_each_volume_once(cohort: Path, tmp_path: Path) -> None:
     assert prepare.main(["--source", str(cohort), "--store", str(tmp_path / "store"), "--workers", "1"]) == 0
     recipe = ["--store", str(tmp_path / "store"), "--patch", "16", "16", "16", "--extractor", f"{__name__}:Counted",
-              "--device", "cpu", "--network-options", "base_channels=2", "downsamplings=2", "--batch-size", "1", "--panels", "0", "--steps", "2",
-              "--validate-every", "1"]
+              "--device", "cpu", "--network-options", "base_channels=2", "downsamplings=2", "--batch-size", "1", "--panels", "0",
+              "--steps", "2", "--validate-every", "1"]
     scores = []
     for cache in ([], ["--feature-cache", str(tmp_path / "features")]):
         trainer = train.Trainer(parse([*recipe, *cache, "--out", str(tmp_path / f"run{len(cache)}")]))
