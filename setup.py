@@ -114,8 +114,8 @@ setup(
         "cluster": ["distributed>=2024.1"],  # prepare over several machines
         "wandb": ["wandb>=0.17"],  # train --wandb
         "demo": ["nilearn>=0.10.4"],  # its wheel carries the ICBM152 template
-        "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.13", "types-PyYAML",
-                 "distributed>=2024.1", "wandb>=0.17",
+        "test": ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.13",
+                 "types-PyYAML", "distributed>=2024.1", "wandb>=0.17",
                  "nnunetv2>=2.8"],  # the trainer of docs/fuse_streams.md runs in the real one
     },
     entry_points={"console_scripts": ["dropgen-fast = dropgen_fast.cli:main"]},

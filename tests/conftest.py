@@ -11,6 +11,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Interpret, but for the suite that needs a GPU: one process can do only one of the two."""
     if config.option.markexpr != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # of pytest -n: each has its share of the cores
+        share = max(1, len(os.sched_getaffinity(0)) // workers)
+        torch.set_num_threads(share)
+        os.environ["OMP_NUM_THREADS"] = str(share)  # of the processes that tests start
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
