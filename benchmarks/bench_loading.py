@@ -221,7 +221,8 @@ def _facts(device: torch.device, place: Place) -> dict[str, Any]:
         **machine.describe(device), "threads": place.threads, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "dali": machine.dali_version(), "nnunetv2": machine.version("nnunetv2"),
         "batchgeneratorsv2": machine.version("batchgeneratorsv2"), "batchaug": machine.version("batchaug"),
-        "patch": list(place.patch), "batch_size": place.batch_size, "volumes": describe(place.store), "percentiles": list(PERCENTILES)}
+        "patch": list(place.patch), "batch_size": place.batch_size, "volumes": describe(place.store),
+        "percentiles": list(PERCENTILES)}
 
 
 def _workers(count: int) -> str:
