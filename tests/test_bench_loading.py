@@ -1,4 +1,4 @@
-"""The loading benchmark: it runs, says what it left out, counts what it should; the arithmetic of docs/loading.md. No speed."""
+"""The loading benchmark and the suite: they run, name what is left out, count what they should; docs/loading.md's sums."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dropgen_fast.bench.loading import processes, recipes, suite, table
+from dropgen_fast.bench.loading.processes import Place, Source, Turn, Unavailable, check_augments, opened, take_turns
+from dropgen_fast.bench.loading.volumes import make_store
+from dropgen_fast.bench.measure import Spread
 from dropgen_fast.cli import run as run_cli
-from dropgen_fast.data.augmentation import AugmentationConfig
+from dropgen_fast.data.augmentation import RECIPES, AugmentationConfig
 from dropgen_fast.data.bricks import BRICK
 from dropgen_fast.errors import InputError
 
@@ -25,9 +30,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_loading  # noqa: E402
-
-from dropgen_fast.bench.loading import processes, recipes, table  # noqa: E402
-from dropgen_fast.bench.loading.processes import Place, Source, Turn, Unavailable, check_augments, opened, take_turns  # noqa: E402
 
 SIZE = (32, 32, 32)  # what the demo's network can halve, and no more
 FACTS = {"name", "value", "unit", "low", "high", "device", "cpu", "threads", "commit", "date", "torch", "triton", "dali", "monai",
@@ -98,6 +100,91 @@ def test_wrong_options_are_told_in_one_line(options, says, capsys):
     told = capsys.readouterr().err
     assert says in told
     assert told.count("\n") == 1
+
+
+# ---- the suite ------------------------------------------------------------------------------------------------------
+
+
+def test_the_suite_compares_counts_and_leaves_nothing_behind(monkeypatch):
+    folders = []
+    monkeypatch.setattr(suite, "make_store", lambda folder, *rest, **more: folders.append(folder) or make_store(
+        folder, *rest, **more))
+    config = suite.LoadingConfig(patch=(16, 16, 24), batch_size=1)
+    result = suite.run(config, torch.device("cpu"), 0.02, rounds=3, threads=1)
+    assert [folder.parent.exists() for folder in folders] == [False]
+    assert (result.rounds, result.threads, result.missing) == (3, 1, {})
+    values = suite.values(result)
+    wanted = {"loading.patches_per_s": "1/s", "loading.cpu_ms_per_patch": "ms", "loading.patches_per_s.monai": "1/s",
+              "loading.cpu_ms_per_patch.monai": "ms", "loading.x_monai": "ratio"}
+    if result.amplification:
+        wanted["loading.read_amplification"] = "ratio"
+        assert len(result.amplification) == suite.CROPS
+        assert min(result.amplification) >= 1
+    else:
+        assert "page cache" in result.uncounted
+    assert {name: unit for name, (_, unit) in values.items()} == wanted
+    for spread, _ in values.values():
+        assert 0 < spread.low <= spread.median <= spread.high < math.inf
+    json.dumps(suite.fields(result))
+    assert "2 volumes of" in suite.fields(result)["volumes"]
+    assert "read_amplification" in suite.screen(result)
+    assert suite.picture(result).startswith(b"\x89PNG")
+
+
+def loaded(ours: list[Turn], monai: list[Turn], **more) -> suite.LoadingResult:
+    return suite.LoadingResult(suite.LoadingConfig(patch=SIZE), 2, "", {"ours": ours, "monai": monai}, **{
+        "missing": {}, "amplification": [], "uncounted": "a reason", "read_ahead_kib": 128, **more})
+
+
+def test_rows_have_quartiles_and_ratios_within_rounds():
+    """The rounds are of very different speed for both ways alike: no ratio changes."""
+    seconds = (1.0, 2.0, 4.0, 8.0, 16.0)
+    result = loaded(turns(*seconds), turns(*(3 * s for s in seconds)), amplification=[1.0, 2.0, 3.0, 4.0, 5.0],
+                    missing={"a": "b"})
+    values = suite.values(result)
+    assert values["loading.x_monai"][0] == Spread(3.0, 3.0, 3.0)
+    assert values["loading.patches_per_s"][0] == Spread(0.5, 0.25, 1.0)
+    assert values["loading.cpu_ms_per_patch"][0] == Spread(1000.0, 500.0, 2000.0)
+    assert values["loading.patches_per_s.monai"][0].median == pytest.approx(0.5 / 3)
+    assert values["loading.read_amplification"][0] == Spread(3.0, 2.0, 4.0)
+    assert "a could not be run: b" in suite.screen(result)
+
+
+def test_what_says_nothing_or_is_not_there_is_not_printed():
+    result = loaded(turns(1.0, 1.0, 1.0), turns(0.9, 1.0, 1.2))
+    assert "no difference" in suite.screen(result)
+    assert "read_amplification could not be counted: a reason" in suite.screen(result)
+    assert "loading.read_amplification" not in suite.values(result)
+    unclear = suite.screen(loaded(turns(1.0, 1.0, 1.0), turns(1.05, 1.1, 1.6)))
+    assert "unclear" in unclear
+    assert "1.10 " not in unclear
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs at /dev/shm")
+def test_reading_a_tmpfs_is_not_counted():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        store = make_store(Path(folder), (8, 8, 8), cases=1, seed=0, workers=1, edges=(24, 24))
+        amplification, why = suite._amplification(store, (8, 8, 8))
+    assert amplification == []
+    assert "use a folder on a disk" in why
+
+
+def test_a_recipe_is_compared_with_those_who_have_it(tmp_path):
+    ways = {recipe: set(suite._openers(suite.LoadingConfig(recipe=recipe), place(tmp_path))) for recipe in RECIPES}
+    assert ways == {"dropgen": {"ours", "monai"}, "nnunet": {"ours", "nnunet"}, "off": {"ours", "monai"}}
+
+
+@pytest.mark.parametrize(("config", "threads", "says"), [
+    ({"patch": (4, 32, 32)}, None, r"^--loading\.patch must be three numbers of at least 8, got \(4, 32, 32\)$"),
+    ({"batch_size": 0}, None, r"^--loading\.batch-size must be at least 1, got 0$"),
+    ({"recipe": "mild"}, None, r"^--loading\.recipe must be one of dropgen, nnunet, off, got 'mild'$"),
+    ({"store": Path("/nowhere")}, None, "is not a prepared store"),
+    ({}, 100_000, r"^--threads must be at most the \d+ cores that this process may use, got 100000$"),
+])
+def test_wrong_options_of_the_suite_are_told_in_one_line(config, threads, says):
+    with pytest.raises(InputError, match=says) as told:
+        suite.run(suite.LoadingConfig(**config), torch.device("cpu"), 0.02, threads=threads)
+    assert "\n" not in str(told.value)
 
 
 # ---- ways in processes of their own ---------------------------------------------------------------------------------
