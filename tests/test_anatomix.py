@@ -211,6 +211,13 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls
 
 
+def test_it_refuses_what_the_unet_refuses() -> None:
+    for size in ((18, 16, 16), (16, 4, 16)):
+        for module in (small(), FoldedUNet(small())):
+            with pytest.raises(ValueError, match="a U-Net of 2 downsamplings: sizes must be multiples of 4, 8 at least"):
+                module(torch.rand(1, 1, *size))
+
+
 def test_it_changes_nothing_that_it_is_given() -> None:
     network, image = small(), torch.rand(1, 1, 32, 32, 32)
     state = copy.deepcopy(network.state_dict())

@@ -14,6 +14,7 @@ computed and padded; under torch.compile always, since there the padding is part
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dropgen_fast.networks import UNet
+from dropgen_fast.networks import UNet, size_problem
 
 LEAST_MARGIN_VOXELS = 24**3
 """Of an interior, for its margin to be convolved with it."""
@@ -40,10 +41,7 @@ class _Weight:
 
     def of(self, flat: Tensor) -> Tensor:
         """The array: a bias (Co,), or a convolution's (Co, Ci, kd, kh, kw) with the channels last in memory."""
-        count = 1
-        for n in self.shape:
-            count *= n
-        array = flat.narrow(0, self.start, count).view(self.shape)
+        array = flat.narrow(0, self.start, math.prod(self.shape)).view(self.shape)
         return array if array.dim() == 1 else array.permute(0, 4, 1, 2, 3)
 
 
@@ -120,7 +118,14 @@ class FoldedUNet(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """Features (N, out, D, H, W), channels last in memory, of an image (N, in, D, H, W)."""
+        """Features (N, out, D, H, W), channels last in memory, of an image (N, in, D, H, W).
+
+        Raises:
+            ValueError: a size that the `UNet` refuses.
+        """
+        problem = size_problem(x.shape[2:], self.divisor)
+        if problem is not None:
+            raise ValueError(f"a U-Net of {self.downsamplings} downsamplings: {problem}")
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.flat.dtype
         with torch.autocast(kind, enabled=False):
