@@ -195,7 +195,9 @@ def test_every_kind_of_unet(monkeypatch: pytest.MonkeyPatch, settings: dict[str,
     network, image = small(**settings), torch.rand(2, 1, 16, 32, 24)
     with torch.no_grad():
         wanted = copy.deepcopy(network).double()(image.double())
-        assert rms(FoldedUNet(network)(image) - wanted) <= rounding(network, torch.float32) * rms(wanted)
+        plain, ours = rms(network(image) - wanted), rms(FoldedUNet(network)(image) - wanted)
+    assert ours <= rounding(network, torch.float32) * rms(wanted)
+    assert ours <= 2 * plain  # as above
 
 
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +209,13 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "conv3d", lambda *a, conv3d=F.conv3d, **k: calls.append(1) or conv3d(*a, **k))
     torch.testing.assert_close(FoldedUNet(network)(image), fused, rtol=1e-4, atol=1e-4 * rms(fused))
     assert calls
+
+
+def test_it_refuses_what_the_unet_refuses() -> None:
+    for size in ((18, 16, 16), (16, 4, 16)):
+        for module in (small(), FoldedUNet(small())):
+            with pytest.raises(ValueError, match="a U-Net of 2 downsamplings: sizes must be multiples of 4, 8 at least"):
+                module(torch.rand(1, 1, *size))
 
 
 def test_it_changes_nothing_that_it_is_given() -> None:
@@ -296,6 +305,22 @@ def test_anatomix_from_a_file(weights: Path) -> None:
         extractor(torch.rand(1, 1, 30, 32, 32))
 
 
+def test_anatomix_dev_from_a_file(monkeypatch: pytest.MonkeyPatch, weights: Path, tmp_path: Path) -> None:
+    """At an eighth of its width: the file of the whole has 376 MB."""
+    with pytest.raises(InputError, match=r"anatomix.pth are not those of anatomix-dev: .*model.0.bias"):
+        load_extractor("anatomix-dev", weights=weights)
+    monkeypatch.setitem(anatomix.ARCHITECTURES["anatomix-dev"], "base_channels", 4)
+    network = randomize(anatomix.build("anatomix-dev"))
+    path, image = tmp_path / "anatomix-dev.pth", torch.rand(1, 1, 64, 64, 64)
+    torch.save(network.state_dict(), path)
+    extractor = load_extractor("anatomix-dev", weights=path)
+    assert (extractor.channels, extractor.identity()["name"]) == (32, "anatomix-dev")
+    wanted = Published(double(network.state_dict()), downs=5, dev=True)(image.double())
+    assert rms(extractor(image) - wanted) <= rounding(network, torch.float32) * rms(wanted)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        extractor(torch.rand(1, 1, 48, 64, 64))
+
+
 @pytest.mark.parametrize("form", ["safetensors", "compiled"])
 def test_other_forms_of_the_file(weights: Path, tmp_path: Path, form: str) -> None:
     from safetensors.torch import save_file
@@ -351,6 +376,29 @@ def test_weights_from_the_hub(weights: Path, monkeypatch: pytest.MonkeyPatch) ->
     Metadata.etag = "0" * 40
     with pytest.raises(InputError, match=r"publishes no SHA-256 .*--extractor-weights"):
         anatomix.load()
+
+
+@pytest.mark.parametrize(("name", "revision"), [("anatomix", None), ("anatomix-dev", "a" * 40)])
+def test_the_hub_is_asked_for_the_file_and_the_revision(
+    monkeypatch: pytest.MonkeyPatch, weights: Path, name: str, revision: str | None,
+) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    class Metadata:
+        etag = hashlib.sha256(weights.read_bytes()).hexdigest()
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: asked.append(url) or Metadata)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, revision: asked.append((*a, revision)) or str(weights))
+    monkeypatch.setitem(anatomix.ARCHITECTURES, name, anatomix.ARCHITECTURES["anatomix"])
+    load_extractor(name, revision=revision)
+    assert asked == [f"https://huggingface.co/neeldey/anatomix/resolve/{revision or 'main'}/{name}.pth",
+                     ("neeldey/anatomix", f"{name}.pth", revision)]
+    with pytest.raises(InputError, match=r"the file .* or the Hub's revision v1: give one"):
+        load_extractor(name, weights=weights, revision="v1")
+    with pytest.raises(InputError, match="'mind' takes no weights; they are for anatomix and anatomix-dev"):
+        load_extractor("mind", revision="v1")
 
 
 def test_a_cached_file_serves_without_the_hub(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,10 @@
 """`FoldedUNet`: a trained `UNet` rewritten for inference, with the same result to rounding.
 
 Four things make it fast. What is constant is folded: BatchNorm into the convolution before it. What is linear is exchanged: a 3³
-convolution of an image upsampled by two is a 2³ convolution of the image itself, with eight times the output channels, one set
-for each place of a voxel in its cell of 2³. What is padded is not copied: every activation carries a margin of one voxel. And
-convolution, sum and ReLU are one call of oneDNN on the CPU; on a GPU torch.compile makes one kernel of all that lies between
-two convolutions (`FrozenExtractor.compile`).
+convolution of an image upsampled by two is a transposed convolution of the image itself, or a 2³ convolution with eight times the
+output channels, one set for each place of a voxel in its cell of 2³: 8 products instead of 27. What is padded is not copied:
+every activation carries a margin of one voxel. And convolution, sum and ReLU are one call of oneDNN on the CPU; on a GPU
+torch.compile makes one kernel of all that lies between two convolutions (`FrozenExtractor.compile`).
 
 The margin: an activation of interior (D, H, W) lies in (D + 2, H + 2, W + 2). A convolution with zero padding maps such a buffer
 to another one, right in its interior; then the six faces are written with what reflect padding would have there. Where the
@@ -14,6 +14,7 @@ computed and padded; under torch.compile always, since there the padding is part
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dropgen_fast.kernels import memory
-from dropgen_fast.networks import UNet
+from dropgen_fast.networks import UNet, size_problem
 
 LEAST_MARGIN_VOXELS = 24**3
 """Of an interior, for its margin to be convolved with it."""
@@ -41,10 +41,7 @@ class _Weight:
 
     def of(self, flat: Tensor) -> Tensor:
         """The array: a bias (Co,), or a convolution's (Co, Ci, kd, kh, kw) with the channels last in memory."""
-        count = 1
-        for n in self.shape:
-            count *= n
-        array = flat.narrow(0, self.start, count).view(self.shape)
+        array = flat.narrow(0, self.start, math.prod(self.shape)).view(self.shape)
         return array if array.dim() == 1 else array.permute(0, 4, 1, 2, 3)
 
 
@@ -56,7 +53,7 @@ class _Convolution:
     """Of its input; after an upsampling, of the channels that the way down left."""
     bias: _Weight | None
     upsampled: _Weight | None
-    """After an upsampling, of the upsampled channels: 3³, or 2³ for eight times the channels where it takes them before."""
+    """After an upsampling, of the upsampled channels: as it is, or `_transposed`, which takes them before."""
     eps: float | None
     """Of the InstanceNorm that follows; None where there is none."""
     relu: bool
@@ -109,7 +106,7 @@ class FoldedUNet(nn.Module):
             if index and isinstance(layers[index - 1], nn.Upsample):
                 skipped = weight.shape[0]  # the widths are as many at each level on the way up as on the way down
                 weight, part = weight[:, :skipped], weight[:, skipped:]
-                upsampled = keep(part if self.trilinear else _before_upsampling(part))
+                upsampled = keep(part if self.trilinear else _transposed(part))
             self.convolutions.append(_Convolution(keep(weight), keep(bias) if bias is not None else None, upsampled, eps, relu))
         dtype = next(network.parameters()).dtype
         self.register_buffer("flat", torch.cat(arrays).to(dtype))
@@ -121,7 +118,14 @@ class FoldedUNet(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """Features (N, out, D, H, W), channels last in memory, of an image (N, in, D, H, W)."""
+        """Features (N, out, D, H, W), channels last in memory, of an image (N, in, D, H, W).
+
+        Raises:
+            ValueError: a size that the `UNet` refuses.
+        """
+        problem = size_problem(x.shape[2:], self.divisor)
+        if problem is not None:
+            raise ValueError(f"a U-Net of {self.downsamplings} downsamplings: {problem}")
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.flat.dtype
         with torch.autocast(kind, enabled=False):
@@ -168,10 +172,11 @@ class FoldedUNet(nn.Module):
         if self.trilinear:
             wide = F.interpolate(_interior(margin), scale_factor=2, mode="trilinear")
             plus = _convolve(F.pad(wide, (1,) * 6, mode="reflect"), weight, None, int(whole))
+        elif _has_onednn(margin):
+            plus = F.conv_transpose3d(margin, weight, stride=2, padding=2 if whole else 3)
         else:
-            plus = _unfolded(_convolve(margin, weight, None, 0))
-            if not whole:
-                plus = _interior(plus).contiguous(memory_format=torch.channels_last_3d)
+            cells = _unfolded(_convolve(margin, _cells(weight), None, 0))
+            plus = cells if whole else _interior(cells)
         return _layer(skip, flat, convolution, plus=plus)
 
 
@@ -198,30 +203,32 @@ def _folded(layers: list[nn.Module]) -> tuple[Tensor, Tensor | None, float | Non
     return weight, bias, None, False
 
 
-def _before_upsampling(weight: Tensor) -> Tensor:
-    """The 2³ weight (8 · Co, Ci, 2, 2, 2) that does before an upsampling what a 3³ weight (Co, Ci, 3, 3, 3) does after it.
+def _transposed(weight: Tensor) -> Tensor:
+    """The weight (Ci, Co, 4, 4, 4) of a transposed convolution of stride 2: nearest upsampling, then a 3³ one (Co, Ci, 3, 3, 3).
 
-    Along one axis, for nearest neighbours: output voxel 2 j - 1 sees input voxels j - 1, j - 1 and j by the three taps, and
-    output voxel 2 j sees j - 1, j and j. So both come from the window (j - 1, j), with taps (w₀ + w₁, w₂) and (w₀, w₁ + w₂).
-    The output channels are ordered by place in the cell (D, H, W), then by channel.
+    Along one axis, without padding: input voxel i, doubled, reaches output voxels 2 i + k for k from 0 to 3, through the taps
+    w₂, w₁ + w₂, w₀ + w₁ and w₀.
     """
-    for axis in (-1, -2, -3):
+    for axis in (2, 3, 4):
         first, second, third = weight.unbind(axis)
-        odd, even = torch.stack((first + second, third), axis), torch.stack((first, second + third), axis)
-        weight = torch.stack((odd, even))
-    return weight.flatten(0, 3)
+        weight = torch.stack((third, second + third, first + second, first), axis)
+    return weight.transpose(0, 1)
+
+
+def _cells(transposed: Tensor) -> Tensor:
+    """A `_transposed` weight (Ci, Co, 4, 4, 4) as that of a convolution (8 · Co, Ci, 2, 2, 2) with the same result, unordered.
+
+    Its output channels are the voxels of a cell of 2³, in the order of D, H, W, and then the channels; see `_unfolded`.
+    """
+    taps = transposed.unflatten(4, (2, 2)).unflatten(3, (2, 2)).unflatten(2, (2, 2))  # tap k = 2 q + p: place p, input 1 - q
+    return taps.permute(3, 5, 7, 1, 0, 2, 4, 6).flip(5, 6, 7).flatten(0, 3).contiguous(memory_format=torch.channels_last_3d)
 
 
 def _unfolded(cells: Tensor) -> Tensor:
     """(N, 8 · C, d, h, w) → (N, C, 2 d, 2 h, 2 w): the channels of a voxel as the voxels of a cell, channels last in memory."""
     n, channels, d, h, w = cells.shape
-    channels //= 8
-    unfolded = cells.permute(0, 2, 3, 4, 1).reshape(n, d, h, w, 2, 2, 2, channels).permute(0, 1, 4, 2, 5, 3, 6, 7)
-    if not _has_onednn(cells):
-        return unfolded.reshape(n, 2 * d, 2 * h, 2 * w, channels).permute(0, 4, 1, 2, 3)
-    out = memory.empty((n, channels, 2 * d, 2 * h, 2 * w), cells.dtype, torch.channels_last_3d)
-    out.permute(0, 2, 3, 4, 1).view(unfolded.shape).copy_(unfolded)
-    return out
+    cells = cells.permute(0, 2, 3, 4, 1).reshape(n, d, h, w, 2, 2, 2, channels // 8).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    return cells.reshape(n, 2 * d, 2 * h, 2 * w, channels // 8).permute(0, 4, 1, 2, 3)
 
 
 def _whole(margin: Tensor, convolution: _Convolution) -> bool:
@@ -278,8 +285,15 @@ def _has_onednn(x: Tensor) -> bool:
 
 
 def _instance_norm(x: Tensor, eps: float) -> Tensor:
-    """InstanceNorm without affine. torch's own goes through another memory layout; its BatchNorm of one sample does not."""
-    return torch.cat([F.batch_norm(sample, None, None, training=True, eps=eps) for sample in x.split(1)])
+    """InstanceNorm without affine; torch's own goes through another memory layout.
+
+    Its BatchNorm of one sample does not, but on a CPU sums a channel's voxels one by one in float32. That is exact enough beside
+    bfloat16 values; for others the statistics are taken by reductions that sum pairwise, which takes as long.
+    """
+    if x.dtype == torch.bfloat16 or x.device.type != "cpu":
+        return torch.cat([F.batch_norm(sample, None, None, training=True, eps=eps) for sample in x.split(1)])
+    centred = x - x.mean((2, 3, 4), keepdim=True)
+    return centred.mul_((centred.square().mean((2, 3, 4), keepdim=True) + eps).rsqrt_())
 
 
 def _interior(margin: Tensor) -> Tensor:
