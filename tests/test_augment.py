@@ -240,9 +240,17 @@ def test_a_sample_does_not_depend_on_the_others(recipe: AugmentationConfig) -> N
         assert torch.equal(alone_label[0], labels[i])
 
 
-def test_threads_decide_nothing() -> None:
+@pytest.mark.parametrize("gibbs", [False, True])
+def test_threads_decide_nothing_but_rounding_of_the_fft(gibbs: bool) -> None:
+    """MKL's FFT, which Gibbs ringing calls, adds in another order with other threads on some processors.
+
+    An FFT over n values is off by some log2(n) roundings of its largest value, here of 13 bits in all there and back; what comes
+    after it, gamma and sharpening above all, makes that 30 times as much at most.
+    """
     image, label = images(4, 2)
     drawn = everything(4, 2)
+    if not gibbs:
+        drawn = dataclasses.replace(drawn, gibbs_alpha=torch.zeros(4))
     results = []
     before = torch.get_num_threads()
     try:
@@ -251,7 +259,10 @@ def test_threads_decide_nothing() -> None:
             results.append(Augmenter(AugmentationConfig(), PATCH, 2, 4).apply(image.clone(), label, drawn))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(results[0][0], results[1][0])
+    if gibbs:
+        torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=30 * 2 * 13 * 2**-24)
+    else:
+        assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
 
 

@@ -462,4 +462,4 @@ def test_settings_that_do_not_decide_predictions_are_the_only_ones_left_out_of_t
     held = {"models": ("run", "checkpoint", "extractor_weights")}  # by their content
     named = {name for key in settings for name in held.get(key, (key,))}
     assert {f.name for f in dataclasses.fields(predict.PredictConfig)} - named == {
-        "out", "windows_per_batch", "offload", "device", "overwrite", "save_probabilities"}
+        "out", "windows_per_batch", "offload", "device", "overwrite", "save_probabilities", "feature_cache"}
