@@ -34,8 +34,8 @@ def test_a_run_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_every_way_trains_and_erm_sees_the_image_alone() -> None:
     config = step.resolved(step.StepConfig(patch=(16, 16, 16), network_options=("base_channels=4", "downsamplings=2")),
                            torch.device("cpu"))
-    image, label = step._batches(config, torch.device("cpu"))[0]
-    for way in (step._ours(config, torch.device("cpu"), "erm", 1), step._ours(config, torch.device("cpu"), "dropgen", 2),
+    image, label = step.make_batches(config, torch.device("cpu"))[0]
+    for way in (step.make_step(config, torch.device("cpu"), "erm", 1), step.make_step(config, torch.device("cpu"), "dropgen", 2),
                 step._recipe(config, torch.device("cpu"), compiled=False)):
         losses = [float(way(image, label)) for _ in range(30)]
         assert losses[-1] < losses[0]

@@ -84,10 +84,10 @@ def run(config: StepConfig, meter: Meter, seconds: float, progress: Callable[[st
         InputError: an option that does not fit, or a step too large for the memory.
     """
     config = resolved(config, meter.device)
-    batches = _batches(config, meter.device)
-    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"erm": _ours(config, meter.device, "erm", 1)}
+    batches = make_batches(config, meter.device)
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"erm": make_step(config, meter.device, "erm", 1)}
     for stride in config.strides:
-        ways[_name(stride)] = _ours(config, meter.device, "dropgen", stride)
+        ways[_name(stride)] = make_step(config, meter.device, "dropgen", stride)
     ways["recipe"] = _recipe(config, meter.device, compiled=False)
     if config.compile:
         ways["recipe_compile"] = _recipe(config, meter.device, compiled=True)
@@ -166,7 +166,8 @@ def _ratios(config: StepConfig, times: Times) -> dict[str, Spread]:
     return ratios
 
 
-def _batches(config: StepConfig, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+def make_batches(config: StepConfig, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """`READY` batches of a resolved configuration: image (N, 1, D, H, W) in [0, 1] and label (N, 1, D, H, W) uint8, at random."""
     generator = torch.Generator().manual_seed(0)
     shape = (config.batch or 1, 1, *(config.patch or ()))
     return [(torch.rand(shape, generator=generator).to(device),
@@ -182,10 +183,23 @@ def _model(config: StepConfig, device: torch.device, method: str, stride: int) -
     return model, TrainConfig(store=Path(), out=Path(), model=settings, compile=config.compile)
 
 
-def _ours(config: StepConfig, device: torch.device, method: str, stride: int) -> Callable[[Tensor, Tensor], Tensor]:
+def make_step(config: StepConfig, device: torch.device, method: str, stride: int, ranks: Ranks | None = None
+              ) -> Callable[[Tensor, Tensor], Tensor]:
+    """Our training step (image, label) → loss of a resolved configuration, with a model of its own.
+
+    Args:
+        config: patch, classes, extractor, network and precision.
+        device: of model and batches.
+        method: as train's, such as "dropgen" or "erm".
+        stride: of the extractor.
+        ranks: processes that average their gradients; None: this one alone.
+
+    Raises:
+        InputError: an extractor or a network that cannot be had, or that does not take the patch.
+    """
     model, training = _model(config, device, method, stride)
     step = TrainingStep(model, build_loss(training.loss, training.loss_options, config.classes).to(device), training,
-                        Ranks(device=device))
+                        ranks or Ranks(device=device))
     number = iter(range(training.steps))
     return lambda image, label: step([(image, label)], next(number))
 
