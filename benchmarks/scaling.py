@@ -147,8 +147,8 @@ def bench(config: ScalingConfig) -> scaling_report.Result:
     Raises:
         InputError: an option that does not fit.
     """
-    config = resolved(config)
     check(config)
+    config = resolved(config)
     device = choose_device(config.device)
     begun, threads = time.perf_counter(), torch.get_num_threads()
     if config.threads is not None:

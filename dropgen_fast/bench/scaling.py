@@ -191,9 +191,9 @@ def _tried(case: Case, device: torch.device, limits: Limits) -> Point:
 
 def _two_steps(case: Case, device: torch.device, threads: int, limits: Limits) -> tuple[int | None, float]:
     torch.set_num_threads(threads)
-    limit_memory(device, limits.memory_bytes)
     meter, config = Meter(device, rounds=1), case.base.step()
     batches, seconds = make_batches(config, device), 0.0
+    limit_memory(device, limits.memory_bytes)
     if device.type == "cpu":  # what the libraries take at their first call is resident memory, and none of the step's
         step_of(dataclasses.replace(case.base, patch=8, batch=1, network_options=("base_channels=1", "downsamplings=1")), device)(
             0, 0, lambda: None)
@@ -211,14 +211,14 @@ def _two_steps(case: Case, device: torch.device, threads: int, limits: Limits) -
 
 def _timed(cases: Sequence[Case], device: torch.device, threads: int, rounds: int, limits: Limits) -> list[list[float]]:
     torch.set_num_threads(threads)
+    meter, ways = Meter(device, rounds=rounds), dict[str, Run]()
     limit_memory(device, limits.memory_bytes)
-    ways: dict[str, Run] = {}
     for case in cases:
         ways[str(case.value)] = way = step_of(case.base, device)
         way(0, 0, lambda: None)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what one size has left is of no use to the next
-    times = Meter(device, rounds=rounds).interleave(ways, math.inf)
+    times = meter.interleave(ways, math.inf)
     return [times.ms(name, 0, 1) for name in ways]
 
 

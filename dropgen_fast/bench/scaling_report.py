@@ -136,7 +136,8 @@ def _draw(axes: Axes, latest: Mapping[str, Row], axis: Axis, what: str, colour: 
         errors = [[row["value"] - row["low"] for _, row in there], [row["high"] - row["value"] for _, row in there]]
         axes.errorbar(sizes, values, yerr=errors, fmt="o-", color=colour, markersize=5, linewidth=1.4, capsize=3)
     missing = [row["size"] for _, row in found if row["value"] is None]
-    axes.plot(missing, [0.03] * len(missing), "x", color=INK, transform=axes.get_xaxis_transform(), clip_on=False)
+    if missing:
+        axes.plot(missing, [0.03] * len(missing), "x", color=INK, transform=axes.get_xaxis_transform())
     axes.set(xscale="log", yscale="log")
     slope = latest.get(f"scaling.{axis}.exponent_{'ms' if what == 'ms' else 'gib'}")
     if slope is not None:
