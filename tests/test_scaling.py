@@ -78,11 +78,13 @@ def test_what_does_not_fit_is_told_and_the_rest_is_timed() -> None:
     assert scaling_report.picture(scaling_report.rows(result, {})).startswith(b"\x89PNG")
 
 
-def test_a_step_over_the_time_is_told() -> None:
-    point, = scaling.sweep("batch", (1,), TINY, CPU, 1, dataclasses.replace(ROOMY, step_s=1e-6), lambda text: None)
-    assert "are allowed" in point.problem
-    assert point.peak_bytes is not None
-    assert point.ms == ()
+def test_a_step_over_the_time_is_told_and_a_longer_one_is_not_tried() -> None:
+    limits = dataclasses.replace(ROOMY, step_s=1e-6)
+    one, two = scaling.sweep("batch", (1, 2), TINY, CPU, 1, limits, lambda text: None)
+    assert one.problem.startswith("a step takes")
+    assert one.peak_bytes is not None
+    assert two.problem.startswith("not tried: by the point before")
+    assert (one.ms, two.ms) == ((), ())
 
 
 def test_a_process_that_dies_or_dawdles_is_a_reason() -> None:

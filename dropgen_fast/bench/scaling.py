@@ -43,6 +43,8 @@ Axis = Literal["patch", "batch", "channels", "classes", "processes"]
 AXES: tuple[Axis, ...] = ("patch", "batch", "channels", "classes", "processes")
 READY_SHARES = (0.25, 0.5, 0.75, 0.95)
 """Of the gradients' bytes: by which share of a step are they there?"""
+HOPELESS = 1.5
+"""A point is not even tried where its step is expected to take so many times what is allowed."""
 START_S = 60.0
 """What a process may take to start and to build a model, on top of the time of its steps."""
 
@@ -154,6 +156,8 @@ class Point:
     peak_bytes: int | None = None
     """Of building the model and two steps, beyond what the process had before; batches are not counted."""
     problem: str = ""
+    tried_s: float = 0.0
+    """Of the one step that was tried; 0 where there was none."""
     more: Mapping[str, tuple[Spread, str]] = field(default_factory=dict)
     """Further values of the axis "processes": name → spread, unit."""
 
@@ -161,14 +165,20 @@ class Point:
 def sweep(axis: Axis, values: Sequence[int], base: Base, device: torch.device, rounds: int, limits: Limits,
           progress: Callable[[str], None]) -> list[Point]:
     """Measure an axis other than "processes"."""
-    points = []
+    points: list[Point] = []
     for value in values:
         progress(f"{axis} {value}")
-        points.append(_tried(base.at(axis, value), device, limits))
+        case = base.at(axis, value)
+        expected_s = _expected_s(case, points[-1]) if points else 0.0
+        if expected_s > HOPELESS * limits.step_s:
+            why = f"not tried: by the point before a step would take {expected_s:.0f} s, {limits.step_s:g} s are allowed"
+            points.append(Point(case, problem=why))
+        else:
+            points.append(_tried(case, device, limits))
     fitting = [point for point in points if not point.problem]
     if fitting:
         progress(f"{axis}: {rounds} rounds of {len(fitting)} points")
-        ahead_s = sum(point.ms[0] for point in fitting) / 1000
+        ahead_s = sum(point.tried_s for point in fitting)
         timed = in_child(_timed, ([point.case for point in fitting], device, torch.get_num_threads(), rounds, limits),
                          START_S * len(fitting) + 5 * (rounds + 2) * ahead_s)
         if isinstance(timed, str):
@@ -178,15 +188,20 @@ def sweep(axis: Axis, values: Sequence[int], base: Base, device: torch.device, r
     return points
 
 
+def _expected_s(case: Case, before: Point) -> float:
+    """A step's time by that of the point before, in proportion to the operations; 0 where that is not known."""
+    return before.tried_s * case.base.operations() / before.case.base.operations()
+
+
 def _tried(case: Case, device: torch.device, limits: Limits) -> Point:
-    """Two steps in a process of its own: their memory, and as `ms` the second one's time."""
+    """Two steps in a process of its own: their memory, and the second one's time."""
     tried = in_child(_two_steps, (case, device, torch.get_num_threads(), limits), START_S + 3 * limits.step_s)
     if isinstance(tried, str):
         return Point(case, problem=tried)
     peak, seconds = tried
     if seconds > limits.step_s:
-        return Point(case, peak_bytes=peak, problem=f"a step takes {seconds:.0f} s, {limits.step_s:g} s are allowed")
-    return Point(case, [1000 * seconds], peak)
+        return Point(case, (), peak, f"a step takes {seconds:.0f} s, {limits.step_s:g} s are allowed", tried_s=seconds)
+    return Point(case, (), peak, tried_s=seconds)
 
 
 def _two_steps(case: Case, device: torch.device, threads: int, limits: Limits) -> tuple[int | None, float]:
