@@ -1,4 +1,4 @@
-"""Compile `mind_ssc`'s Triton kernels for GPUs that need not be here: ``python compile_mind_ssc.py 80 90 100``; see compile_kernels.py."""
+"""Compile `mind_ssc`'s Triton kernels for GPUs that need not be here: ``python compile_mind_ssc.py 80 90 100``."""
 
 from __future__ import annotations
 

@@ -115,7 +115,8 @@ CASES = {
     "two apart": Case(dilation=2), "three apart": Case(dilation=3, size=(9, 8, 7)),
     "radius 2, three apart": Case(radius=2, dilation=3, n=2),
     "radius and dilation beyond the volume": Case(radius=3, dilation=5, size=(2, 3, 4)),
-    "one z": Case(size=(1, 7, 9)), "one y": Case(size=(8, 1, 9)), "one x": Case(size=(8, 7, 1)), "one voxel": Case(size=(1, 1, 1)),
+    "one z": Case(size=(1, 7, 9)), "one y": Case(size=(8, 1, 9)), "one x": Case(size=(8, 7, 1)),
+    "one voxel": Case(size=(1, 1, 1)),
     "two": Case(size=(2, 2, 2)), "two, two apart": Case(size=(2, 2, 2), dilation=2),
     "row": Case(size=(1, 1, 40)), "column": Case(size=(40, 1, 1)),
     "float16": Case(image_dtype=torch.float16), "bfloat16": Case(image_dtype=torch.bfloat16, n=2),
@@ -165,8 +166,8 @@ def test_each_level_of_the_cpu(level: str) -> None:
     program = """
 import torch
 from test_mind_ssc import Case, check
-for case in (Case(size=(5, 40, 37), n=2), Case(size=(3, 4, 16)), Case(size=(3, 4, 5), dilation=2), Case(radius=2, size=(4, 5, 33)),
-             Case(size=(9, 8, 40), image="quiet"), Case(image="spike", radius=0, size=(24, 24, 36)),
+for case in (Case(size=(5, 40, 37), n=2), Case(size=(3, 4, 16)), Case(size=(3, 4, 5), dilation=2),
+             Case(radius=2, size=(4, 5, 33)), Case(size=(9, 8, 40), image="quiet"), Case(image="spike", radius=0, size=(24, 24, 36)),
              Case(dtype=torch.bfloat16), Case(image_dtype=torch.float16, dtype=torch.float16)):
     check(case, "native")
     print("fits")
@@ -333,14 +334,15 @@ def test_arguments_that_do_not_fit(arguments: dict[str, object], message: str) -
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_a_backend_that_cannot(backend: str) -> None:
     image = Case().make()
-    with pytest.raises(RuntimeError, match=f"'{backend}' cannot take this call: it computes in float32, and the image is float64"):
+    wanted = f"'{backend}' cannot take this call: it computes in float32, and the image is float64"
+    with pytest.raises(RuntimeError, match=wanted):
         mind_ssc(image.double(), backend=backend)
     with pytest.raises(RuntimeError, match="it looks 64 voxels around, and radius is 1, dilation 65"):
         mind_ssc(image, dilation=65, backend=backend)
 
 
 def test_the_op_checks_what_reaches_it_past_the_public_function() -> None:
-    with pytest.raises(RuntimeError, match="'native' cannot take this call: it has no kernel for torch.int32"):
+    with pytest.raises(RuntimeError, match=r"'native' cannot take this call: it has no kernel for torch\.int32"):
         forward_op(torch.zeros(1, 1, 4, 4, 4, dtype=torch.int32), 1, 1, torch.float32, "native")
 
 

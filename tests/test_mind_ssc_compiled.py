@@ -28,7 +28,8 @@ def test_two_launches(rows: list[Row]) -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("case", "bits"), [("float32", 32), ("bfloat16", 16)])
 def test_a_channel_is_stored_once(rows: list[Row], capability: int, case: str, bits: int) -> None:
-    row = next(row for row in compiled(rows) if (row["capability"], row["case"], row["kernel"]) == (capability, case, "_describe"))
+    row = next(row for row in compiled(rows)
+               if (row["capability"], row["case"], row["kernel"]) == (capability, case, "_describe"))
     assert {kind: count for kind, count in row.items() if kind.startswith("st ")} == {f"st {bits}": 12}
 
 

@@ -10,7 +10,8 @@ from dropgen_fast.kernels.mind_ssc import mind_ssc
 
 pytestmark = pytest.mark.gpu
 BIG = {
-    "cube": Case(size=(96, 96, 96), n=2), "odd": Case(size=(67, 101, 131)), "bfloat16": Case(size=(64, 64, 128), dtype=torch.bfloat16),
+    "cube": Case(size=(96, 96, 96), n=2), "odd": Case(size=(67, 101, 131)),
+    "bfloat16": Case(size=(64, 64, 128), dtype=torch.bfloat16),
     "many columns": Case(size=(128, 128, 256)), "radius 2": Case(size=(40, 50, 60), radius=2),
 }
 

@@ -40,7 +40,8 @@ def mind_ssc(
         backend: "auto" takes the fastest that fits the call; any other is taken or refused.
 
     Returns:
-        (N, 12, D, H, W) in `dtype` (of a float64 image and a float32 `dtype`: float64), in [0, 1], contiguous. Not differentiable.
+        (N, 12, D, H, W) in `dtype` (of a float64 image and a float32 `dtype`: float64), in [0, 1], contiguous. Not
+        differentiable.
 
     It does not change when intensities are scaled, shifted or inverted, but for rounding and the 1e-9. A voxel that is NaN or
     infinite can make all of its sample NaN. The number of threads does not change a bit. Nothing waits for a GPU.
@@ -65,7 +66,8 @@ def available_backends() -> dict[str, str]:
 def _refusals(image: Tensor, radius: int, dilation: int) -> dict[str, str]:
     """Each backend, the best first, and why it cannot take a call with this image, or ""."""
     double = "it computes in float32, and the image is float64" if image.dtype == torch.float64 else ""
-    reasons = {"native": double or native.refuses(image, radius, dilation), "triton": double or triton.refuses(image, radius, dilation)}
+    reasons = {"native": double or native.refuses(image, radius, dilation),
+               "triton": double or triton.refuses(image, radius, dilation)}
     first = "triton" if image.is_cuda else "native"
     # Interpreted, Triton's kernels are for tests, which ask for them by name.
     return {first: reasons.pop(first), "reference": "", **reasons}
