@@ -167,7 +167,8 @@ def test_each_level_of_the_cpu(level: str) -> None:
 import torch
 from test_mind_ssc import Case, check
 for case in (Case(size=(5, 40, 37), n=2), Case(size=(3, 4, 16)), Case(size=(3, 4, 5), dilation=2),
-             Case(radius=2, size=(4, 5, 33)), Case(size=(9, 8, 40), image="quiet"), Case(image="spike", radius=0, size=(24, 24, 36)),
+             Case(radius=2, size=(4, 5, 33)), Case(size=(9, 8, 40), image="quiet"),
+             Case(image="spike", radius=0, size=(24, 24, 36)),
              Case(dtype=torch.bfloat16), Case(image_dtype=torch.float16, dtype=torch.float16)):
     check(case, "native")
     print("fits")

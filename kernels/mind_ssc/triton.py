@@ -8,8 +8,8 @@ second computes the distances again: to write and read them would move 8 times t
 A program walks down the planes of a column of 4 × 64 voxels, a voxel a thread. Of each plane it adds the squared differences of
 all pairs over the box along y and x, 6 loads and 12 differences for each of its voxels, and keeps what the next two planes need
 (for boxes of three voxels; for others it adds every plane of the box anew). Loads go to clamped addresses, as the definition
-says, and need no mask; the caches serve all but the first of a voxel. With four voxels a thread the sums that are kept would not fit
-the registers, so loads and stores are of 32 bits, whole lines for a warp.
+says, and need no mask; the caches serve all but the first of a voxel. With four voxels a thread the sums that are kept would not
+fit the registers, so loads and stores are of 32 bits, whole lines for a warp.
 
 The first launch has PARTS programs a sample at most, which take columns in turn: what they find is added in order by each program
 of the second, so that a call gives the same bits every time.
