@@ -275,7 +275,7 @@ def test_unit_norm_gradient_of_a_zero_vector(backend: str) -> None:
 # ---- hypothesis: any shape, ratio, layout, mode ----------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=24, deadline=None, derandomize=True)
 @given(data=st.data())
 @pytest.mark.parametrize("name", ["native", "triton"])
 def test_any_call(name: str, data: st.DataObject) -> None:
