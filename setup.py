@@ -83,7 +83,7 @@ class PlatformWheel(bdist_wheel):
         return ("py3", "none", tag[2]) if NATIVE else tag
 
 
-OPS = [f"dropgen_fast.kernels.{op}" for op in ("dice_ce", "fuse_streams", "intensity_chain", "warp")]
+OPS = [f"dropgen_fast.kernels.{op}" for op in ("dice_ce", "fuse_streams", "intensity_chain", "mind_ssc", "warp")]
 
 setup(
     name="dropgen_fast",

@@ -197,4 +197,38 @@ inline void clear(void* data, int64_t bytes, [[maybe_unused]] int64_t whole) {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// As many floats as a vector of this level holds, for loops that keep more in registers than compilers would by themselves.
+#if defined(__AVX512F__)
+constexpr int64_t kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int64_t kVectorBytes = 32;
+#else
+constexpr int64_t kVectorBytes = 16;
+#endif
+constexpr int64_t kVectorFloats = kVectorBytes / sizeof(float);
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+
+inline Floats load_floats(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof(Floats));
+  return v;
+}
+inline void store_floats(Floats v, float* p) { std::memcpy(p, &v, sizeof(Floats)); }
+
+// 2^t for t ≤ 0, within 3 · 2^-24 of it, relative; 1 at 0; 2^-126, the smallest normal number, from -126 on. The polynomial is a
+// minimax fit on half a unit to either side of 0 with the constant 1. What is not a number is one afterwards only if its last nine
+// bits are 0, as those are that arithmetic makes.
+inline Floats exp2_of_negative(Floats t) {
+  const Floats lowest = Floats{} - 126.0f, y = lowest > t ? lowest : t;
+  const Floats shifted = y + 12582912.0f;  // 1.5 · 2^23: leaves the nearest whole number n in the low bits
+  const Floats f = y - (shifted - 12582912.0f);
+  Floats p = f * 0.00132647273f + 0.00967151299f;
+  p = p * f + 0.0555073358f;
+  p = p * f + 0.240222424f;
+  p = p * f + 0.693147004f;
+  p = p * f + 1.0f;
+  return Floats(Ints(p) + (Ints(shifted) << 23));  // n added to the exponent
+}
+
 }  // namespace

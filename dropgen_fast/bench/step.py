@@ -210,11 +210,24 @@ def _model(config: StepConfig, device: torch.device, method: str, stride: int) -
     return model, TrainConfig(store=Path(), out=Path(), model=settings, compile=config.compile)
 
 
-def training_step(config: StepConfig, device: torch.device, method: str, stride: int) -> TrainingStep:
-    """Ours, with fresh weights."""
+def training_step(
+    config: StepConfig, device: torch.device, method: str, stride: int, ranks: Ranks | None = None,
+) -> TrainingStep:
+    """Ours, with fresh weights.
+
+    Args:
+        config: resolved.
+        device: of model and batches.
+        method: as train's, such as "dropgen" or "erm".
+        stride: of the extractor.
+        ranks: processes that average their gradients; None: this one alone.
+
+    Raises:
+        InputError: an extractor or a network that cannot be had, or that does not take the patch.
+    """
     model, training = _model(config, device, method, stride)
     loss = build_loss(training.loss, training.loss_options, config.classes).to(device)
-    return TrainingStep(model, loss, training, Ranks(device=device))
+    return TrainingStep(model, loss, training, ranks or Ranks(device=device))
 
 
 def _ours(config: StepConfig, device: torch.device, method: str, stride: int, batches: Sequence[Batch]) -> Run:
