@@ -86,7 +86,7 @@ def bound(image: Tensor, case: Case, backend: str) -> tuple[Tensor, Tensor]:
     held_error = held_error.maximum(torch.where(variance > upper * 0.999, usual_error * 1e3 + 3 * UNIT * upper, 0.0))
     held = variance.maximum(lower).minimum(upper) + reference.FLOOR
     exponent = above / held
-    exponent_error = 1.01 * (above_error / held + exponent * (held_error / held + 6 * UNIT))  # 1.01: products of errors
+    exponent_error = 1.01 * (above_error / held + exponent * (held_error / held + 8 * UNIT))  # 1.01: products of errors
     out = torch.exp(-exponent)
     largest = torch.exp(-(exponent - exponent_error).clamp(min=0))
     return out, largest - out + largest * (4 * UNIT + 1.01 * ROUNDING[case.dtype]) + SMALLEST[case.dtype]

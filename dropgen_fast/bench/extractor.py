@@ -24,7 +24,7 @@ from dropgen_fast.bench.report import ratio_text
 from dropgen_fast.errors import InputError
 from dropgen_fast.features import FrozenExtractor, anatomix, load_extractor
 from dropgen_fast.features.folded import FoldedUNet
-from dropgen_fast.features.mind import MIND as PlainMIND  # MERGE: from kernels.mind_ssc.reference, once it is there
+from dropgen_fast.kernels.mind_ssc import reference as mind_reference
 from dropgen_fast.networks import one_line
 from dropgen_fast.page import plain_axes, to_png
 
@@ -35,6 +35,14 @@ NAMES = (*anatomix.ARCHITECTURES, "mind")
 READY = 3  # images, used in turn
 
 Way = Callable[[Tensor], Tensor]
+
+
+class PlainMIND(nn.Module):
+    """The definition of `mind`, in plain torch."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, 1, D, H, W) → (N, 12, D, H, W)."""
+        return mind_reference.mind_ssc(image, radius=1, dilation=1)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,116 @@
+"""`mind_ssc` beside its plain form, eager and under torch.compile.
+
+    pytest benchmarks/bench_mind_ssc.py --benchmark-only       a case at a time, for looking into one
+    python benchmarks/bench_mind_ssc.py                        the ratios: ways interleaved, against a copy in the same rounds
+
+A floor is the time in which a copy moves the bytes that a call must: the image read once, the result written once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dropgen_fast.bench.measure import Meter, Run, Spread
+from dropgen_fast.kernels.mind_ssc import CHANNELS, mind_ssc, reference
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SECONDS = 45  # of a case
+
+
+@dataclass(frozen=True)
+class Case:
+    """An image of n cubes."""
+
+    n: int
+    side_voxels: int
+
+    @property
+    def name(self) -> str:
+        """Such as 2x96."""
+        return f"{self.n}x{self.side_voxels}"
+
+    def make(self) -> Tensor:
+        """(n, 1, side, side, side) in [0, 1]."""
+        g = torch.Generator().manual_seed(0)
+        return torch.rand(self.n, 1, *[self.side_voxels] * 3, generator=g).to(DEVICE)
+
+    @property
+    def floor_bytes(self) -> int:
+        """Float32 in, float32 out."""
+        return 4 * (1 + CHANNELS) * self.n * self.side_voxels**3
+
+
+CASES = (Case(1, 128), Case(2, 96), Case(1, 64))
+
+
+def plain(image: Tensor) -> Tensor:
+    """The definition."""
+    return reference.mind_ssc(image, radius=1, dilation=1)
+
+
+def ways() -> dict[str, Callable[[Tensor], Tensor]]:
+    """Each way by name."""
+    return {"ours": mind_ssc, "eager": plain, "compile": torch.compile(plain, dynamic=False)}
+
+
+@pytest.mark.parametrize("way", ["ours", "eager", "compile"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def bench_mind_ssc(benchmark: Any, case: Case, way: str) -> None:
+    """One case in one way."""
+    torch.compiler.reset()
+    image, call = case.make(), ways()[way]
+
+    def run() -> None:
+        call(image)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = case.name
+    benchmark.pedantic(run, rounds=10, warmup_rounds=2)
+
+
+def timed(call: Callable[[Tensor], Tensor], image: Tensor) -> Run:
+    """A run of the meter."""
+    def run(number: int, place: int, mark: Callable[[], None]) -> None:
+        mark()
+        call(image)
+        mark()
+    return run
+
+
+def main() -> None:
+    """Print a line for each case: how many times as fast as the plain forms, and the share of the floor's bandwidth."""
+    meter = Meter(DEVICE)
+    names = sys.argv[1:] or [case.name for case in CASES]
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for case in (case for case in CASES if case.name in names):
+        torch.compiler.reset()
+        image = case.make()
+        calls = ways()
+        for call in calls.values():
+            torch.testing.assert_close(call(image), mind_ssc(image), rtol=1e-4, atol=1e-5)
+            call(image)
+        times = meter.interleave({name: timed(call, image) for name, call in calls.items()}, SECONDS)
+        ms = {name: times.ms(name, 0, 1) for name in calls}
+        words = [f"{name} {show(Spread.of(b / a for a, b in zip(ms['ours'], ms[name], strict=True)))} x"
+                 for name in calls if name != "ours"]
+        share = Spread.of(case.floor_bytes / a / 1e6 / copy for a, copy in zip(ms["ours"], meter.copy_gb_s(times), strict=True))
+        print(f"{case.name}: {', '.join(words)}; {case.floor_bytes / 1e6:.0f} MB, {show(share)} of a copy's bandwidth; "
+              f"ours {show(Spread.of(ms['ours']))} ms, {times.rounds} rounds", flush=True)
+
+
+def show(spread: Spread) -> str:
+    """Median and quartiles."""
+    return f"{spread.median:.3g} ({spread.low:.3g} to {spread.high:.3g})"
+
+
+if __name__ == "__main__":
+    main()
