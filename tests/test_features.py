@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from dropgen_fast import DropGen, StreamFusion, load_extractor
 from dropgen_fast.errors import InputError
 from dropgen_fast.features import FrozenExtractor
-from dropgen_fast.features.mind import MIND, NEIGHBOURS, PAIRS
+from dropgen_fast.features.mind import MIND
+from dropgen_fast.kernels.mind_ssc import NEIGHBOURS, PAIRS
 from dropgen_fast.networks import UNet
 
 
