@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dropgen_fast.bench import machine
 from dropgen_fast.bench.measure import Meter, Run, Spread
-from dropgen_fast.inference import choose_device
+from dropgen_fast.device import choose_device
 from dropgen_fast.kernels import memory
 from dropgen_fast.kernels.dice_ce import dice_cross_entropy
 

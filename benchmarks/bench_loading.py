@@ -1,6 +1,7 @@
 """Loading and augmentation, side by side with what one would use instead, on the same volumes, cores and recipe.
 
     python benchmarks/bench_loading.py --json benchmarks/results/<device>.jsonl
+    pytest benchmarks/bench_loading.py --benchmark-only      the ways of the suite "loading" one by one, not in turns
 
 Parts (``--only``):
   paper      patches per second and CPU time a patch of the paper's recipe: ours with the fused intensity chain and with DALI's,
@@ -34,18 +35,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 import tyro
 
 from dropgen_fast.bench import machine
-from dropgen_fast.bench.loading import chains, table, ways
+from dropgen_fast.bench.loading import chains, suite, table, ways
 from dropgen_fast.bench.loading.processes import PERCENTILES, Opener, Place, opened, take_turns
 from dropgen_fast.bench.loading.recipes import OPERATORS, only
 from dropgen_fast.bench.loading.volumes import EDGES, describe, make_store
 from dropgen_fast.cli import run
 from dropgen_fast.data.augmentation import AugmentationConfig
+from dropgen_fast.device import choose_device
 from dropgen_fast.errors import InputError
-from dropgen_fast.inference import choose_device
 
 Part = Literal["paper", "nnunet", "operators", "chains"]
 PARTS: tuple[Part, ...] = ("paper", "nnunet", "operators", "chains")
@@ -237,6 +239,22 @@ def main(argv: Sequence[str]) -> int:
     """The command."""
     bench(tyro.cli(LoadingConfig, args=list(argv), prog="bench_loading.py"))
     return 0
+
+
+@pytest.mark.parametrize("way", ["ours", "monai"])
+def bench_loading(benchmark: Any, tmp_path: Path, way: str) -> None:
+    """As many batches of the paper's recipe as finish together; a way that loads ahead does so in between, too."""
+    config = suite.resolved(suite.LoadingConfig())
+    assert config.patch is not None
+    store = make_store(tmp_path / "volumes", config.patch, cases=suite.CASES, seed=0, workers=1, edges=suite.edges(config.patch))
+    place = Place(store, tmp_path, config.patch, config.batch_size, tuple(sorted(os.sched_getaffinity(0))))
+    with opened({way: suite.openers(config, place)[way]}, place, print) as (feeds, missing):
+        if way in missing:
+            pytest.skip(missing[way])
+        feed = feeds[way]
+        benchmark.group = "loading"
+        benchmark.extra_info["patches"] = feed.burst * config.batch_size
+        benchmark.pedantic(feed.turn, args=(feed.burst,), rounds=10)
 
 
 if __name__ == "__main__":

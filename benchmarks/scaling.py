@@ -32,9 +32,9 @@ from dropgen_fast.bench import cluster, machine, scaling, scaling_report
 from dropgen_fast.bench.scaling import Base, Limits
 from dropgen_fast.bench.step import BATCHES, PATCHES, PRECISIONS
 from dropgen_fast.cli import run
+from dropgen_fast.device import choose_device, free_bytes
 from dropgen_fast.errors import InputError
 from dropgen_fast.files import write_atomically
-from dropgen_fast.inference import choose_device
 
 Part = Literal["patch", "batch", "channels", "classes", "processes", "gradients", "checkpoint"]
 PARTS: tuple[Part, ...] = (*scaling.AXES, "gradients", "checkpoint")
@@ -175,7 +175,7 @@ def bench(config: ScalingConfig) -> scaling_report.Result:
 def _measured(config: ScalingConfig, device: torch.device) -> scaling_report.Result:
     base = base_of(config, device)
     rounds = config.rounds or ROUNDS
-    memory_bytes = (config.memory_gib * 2**30 if config.memory_gib is not None else MEMORY_SHARE * scaling.free_bytes(device))
+    memory_bytes = (config.memory_gib * 2**30 if config.memory_gib is not None else MEMORY_SHARE * free_bytes(device))
     limits = Limits(int(memory_bytes), config.step_s or STEP_S[device.type])
     points: dict[scaling.Axis, list[scaling.Point]] = {}
     for axis in scaling.AXES:

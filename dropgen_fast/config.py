@@ -73,6 +73,9 @@ class TrainConfig:
     feature_cache: Path | None = None
     """Folder that keeps the features of validation volumes, so that each is extracted once and not at every validation; as whole
     volumes, which docs/prediction.md tells from windows."""
+    feature_cache_training: bool = False
+    """Take the features of training patches from --feature-cache too, cut out of those of their volumes, so that the extractor
+    never runs in a step; for few subjects without augmentation (--recipe off)."""
     save_every: int = 1000
     """Steps between checkpoints; last.pt is written then, and at every validation."""
     log_every: int = 50
@@ -115,6 +118,10 @@ class TrainConfig:
             re.compile(self.subject_pattern)
         except re.error as error:
             raise InputError(f"subject_pattern {self.subject_pattern!r} is no regular expression: {error}") from error
+        if self.feature_cache_training and self.feature_cache is None:
+            raise InputError("feature_cache_training needs a folder: give --feature-cache")
+        if self.feature_cache_training and self.model.method == "erm":
+            raise InputError("feature_cache_training needs features, and method erm has none: leave it out")
         if self.panels < 0:
             raise InputError(f"panels must not be negative, got {self.panels}")
         if not 0 <= self.warmup_steps < self.steps:
@@ -138,12 +145,16 @@ def completed(config: TrainConfig, preset: Preset) -> TrainConfig:
     """The settings with the patch and the augmentation that the preset decides where they say nothing.
 
     Raises:
-        InputError: neither has a patch.
+        InputError: neither has a patch, or augmented patches are to have features of volumes.
     """
     patch = config.patch or preset.patch
     if patch is None:
         raise InputError("no patch: give --patch D H W, or a preset that has one")
     augmentation = config.augmentation or preset.augmentation_config(patch, config.recipe)
+    if config.feature_cache_training and augmentation.active:
+        name = augmentation.active[0]
+        raise InputError(f"feature_cache_training needs patches as they are, and {name} is {getattr(augmentation, name)}: "
+                         "give --recipe off, or leave it out")
     return dataclasses.replace(config, patch=patch, augmentation=augmentation)
 
 

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dropgen_fast.device import choose_device
 from dropgen_fast.errors import InputError
-from dropgen_fast.inference import choose_device
 
 T = TypeVar("T")
 PATIENCE = datetime.timedelta(minutes=60)

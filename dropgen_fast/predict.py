@@ -33,10 +33,11 @@ from dropgen_fast.data.augmentation import sided_classes
 from dropgen_fast.data.cohort import ENDINGS, Case, Cohort, read_images
 from dropgen_fast.data.geometry import GridMap, ras_grid, resize, save_like
 from dropgen_fast.data.prepare import PreparedImage, prepare_image
+from dropgen_fast.device import choose_device
 from dropgen_fast.errors import InputError
 from dropgen_fast.features.cache import FeatureCache
 from dropgen_fast.files import replacing, write_atomically
-from dropgen_fast.inference import FeatureSource, Offload, choose_device, class_probabilities
+from dropgen_fast.inference import FeatureSource, Offload, class_probabilities
 from dropgen_fast.model import DropGen, ModelConfig, build_model, check_extractor
 
 MANIFEST = "predictions.json"

@@ -29,8 +29,8 @@ GRAPH_WARM_UP = 3
 PARTS = ("extractor", "fusion", "forward", "backward", "optimizer")
 """Of a step, in their order: forward is network and loss, optimizer all that comes after the gradients."""
 
-Pair = tuple[Tensor, Tensor]
-"""Image (N, Ci, D, H, W) float32 in [0, 1] and label (N, 1, D, H, W) uint8."""
+Patches = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+"""Image (N, Ci, D, H, W) float32 in [0, 1], label (N, 1, D, H, W) uint8 and features (N, Cf, d, h, w) where they are at hand."""
 
 
 class NetworkAndLoss(nn.Module):
@@ -91,7 +91,7 @@ class TrainingStep:
         self.observe: Callable[[str], None] = _nobody
         """Called at the end of each of `PARTS`, for each batch in turn; for measurements."""
 
-    def __call__(self, batches: Sequence[Pair], number: int) -> Tensor:
+    def __call__(self, batches: Sequence[Patches], number: int) -> Tensor:
         """Step `number`, counted from 0, on `accumulate` batches; its mean loss (), on the device."""
         self.model.fusion.set_step(number)
         self._set_rate(self.learning_rate(number))
@@ -143,14 +143,14 @@ class TrainingStep:
         for name, value in state["counts"].items():
             self._counts[name].fill_(value)
 
-    def _step(self, batches: Sequence[Pair]) -> Tensor:
+    def _step(self, batches: Sequence[Patches]) -> Tensor:
         before = [b.clone() for b in self._statistics]
         self.optimizer.zero_grad()
         losses = []
-        for number, (image, label) in enumerate(batches, start=1):
+        for number, patches in enumerate(batches, start=1):
             alone = isinstance(self._core, DistributedDataParallel) and number < len(batches)  # gradients travel with the last
             with self._core.no_sync() if alone else contextlib.nullcontext():
-                losses.append(self._backward(image, label, len(batches)))
+                losses.append(self._backward(patches, len(batches)))
         loss = torch.stack(losses).sum()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = get_total_norm(gradients, foreach=True)
@@ -167,12 +167,13 @@ class TrainingStep:
         self.observe("optimizer")
         return loss
 
-    def _backward(self, image: Tensor, label: Tensor, batches: int) -> Tensor:
+    def _backward(self, patches: Patches, batches: int) -> Tensor:
         """Add the gradient of one batch's share of the mean loss; that share."""
+        image, label, *given = patches
         half = self.model.fusion.dtype == torch.bfloat16
         # Within a capture no cast weight may be kept for later.
         with torch.autocast(self._device.type, torch.bfloat16, enabled=half, cache_enabled=self._graph is None):
-            features = self.model.features(image)
+            features = given[0] if given else self.model.features(image)
             self.observe("extractor")
             fused = self.model.fused(image, features=features)
             self.observe("fusion")
@@ -212,15 +213,15 @@ def _nobody(part: str) -> None:
 class _Graph:
     """A step captured once, after a warm-up of real steps on a side stream, and replayed with each step's batches."""
 
-    def __init__(self, step: Callable[[Sequence[Pair]], Tensor], device: torch.device) -> None:
+    def __init__(self, step: Callable[[Sequence[Patches]], Tensor], device: torch.device) -> None:
         self._step = step
         self._warm_ups = 0
         self._stream = torch.cuda.Stream(device)
-        self._inputs: list[Pair] = []
+        self._inputs: list[Patches] = []
         self._graph: torch.cuda.CUDAGraph | None = None
         self._loss = torch.empty(0)
 
-    def __call__(self, batches: Sequence[Pair]) -> Tensor:
+    def __call__(self, batches: Sequence[Patches]) -> Tensor:
         if self._warm_ups < GRAPH_WARM_UP:
             self._warm_ups += 1
             self._stream.wait_stream(torch.cuda.current_stream())
@@ -229,7 +230,7 @@ class _Graph:
             torch.cuda.current_stream().wait_stream(self._stream)
             return loss
         if self._graph is None:
-            self._inputs = [(image.clone(), label.clone()) for image, label in batches]
+            self._inputs = [tuple(tensor.clone() for tensor in patches) for patches in batches]  # type: ignore[misc]
             self._graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(self._graph):

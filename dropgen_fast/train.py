@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import signal
 import sys
 import threading
@@ -24,10 +25,12 @@ from dropgen_fast.cli import run
 from dropgen_fast.config import FREE, TrainConfig, choose_subjects, completed, plain
 from dropgen_fast.data.augmentation import sided_classes
 from dropgen_fast.data.pipeline import Batch, TrainingPipeline
-from dropgen_fast.data.store import Store, slow_disk
+from dropgen_fast.data.prepare import minmax
+from dropgen_fast.data.store import Store, StoredCase, slow_disk
 from dropgen_fast.distributed import Agreement, Ranks, restarted
 from dropgen_fast.errors import InputError
 from dropgen_fast.features.cache import FeatureCache
+from dropgen_fast.features.volume import CropFeatures, VolumeFeatures
 from dropgen_fast.files import write_atomically
 from dropgen_fast.inference import class_probabilities, dice_per_class
 from dropgen_fast.losses import build_loss
@@ -36,7 +39,7 @@ from dropgen_fast.record.folder import RunFolder
 from dropgen_fast.record.monitor import Monitor
 from dropgen_fast.record.panels import panel
 from dropgen_fast.settings import preset_of, resolve
-from dropgen_fast.step import TrainingStep
+from dropgen_fast.step import Patches, TrainingStep
 
 REQUEUE = 75
 """Exit status after SIGTERM and SIGUSR1 (EX_TEMPFAIL of sysexits.h): everything is saved, start the same command again."""
@@ -70,12 +73,14 @@ class Trainer:
         self.last = config.out / "last.pt"
         resume = (config.resume or restarted()) and self.ranks.from_first(self.last.exists())
         loader_state = self._restore() if resume else None
+        self.cache = FeatureCache(config.feature_cache) if config.feature_cache is not None else None
+        self.crops = self._crop_features() if config.feature_cache_training else None
         self.data = TrainingPipeline(
             self.store, patch=self.patch, batch_size=config.batch_size, seed=self.data_seed, augmentation=config.augmentation,
             chain=config.chain, foreground_fraction=config.foreground_fraction, num_threads=config.loader_threads,
             device=self.device.index or 0 if self.device.type == "cuda" else None, rank=self.ranks.rank,
-            world_size=self.ranks.size, case_ids=self.subjects, restore=loader_state)
-        self.cache = FeatureCache(config.feature_cache) if config.feature_cache is not None else None
+            world_size=self.ranks.size, case_ids=self.subjects, align=self.crops.ratio if self.crops is not None else (1, 1, 1),
+            restore=loader_state)
         self.monitor = Monitor(self.device)
 
     def fit(self) -> None:
@@ -111,7 +116,10 @@ class Trainer:
 
     def train_step(self, batches: Sequence[Batch]) -> torch.Tensor:
         """One optimizer step on `accumulate` batches; the mean loss, still on its device."""
-        moved = [(b.image.to(self.device, non_blocking=True), b.label.to(self.device, non_blocking=True)) for b in batches]
+        moved: list[Patches] = []
+        for batch in batches:
+            image, label = (t.to(self.device, non_blocking=True) for t in (batch.image, batch.label))
+            moved.append((image, label) if self.crops is None else (image, label, self.crops(batch.cases, batch.starts)))
         return self.one_step(moved, self.step)
 
     def validate(self) -> dict[str, float | None]:
@@ -161,6 +169,24 @@ class Trainer:
         self.subjects = (choose_subjects(cases, config.num_subjects, config.seed, config.subject_pattern)
                          if config.num_subjects is not None else None)
         return dataclasses.replace(config, model=model)
+
+    def _crop_features(self) -> CropFeatures:
+        """The features of all training volumes; the first process fills the cache, the others read it."""
+        assert self.model.extractor is not None, "the settings were checked"
+        source = VolumeFeatures(self.model.extractor, patch=self.patch, device=self.device, dtype=self.model.fusion.dtype,
+                                cache=self.cache)
+
+        def load(case: StoredCase) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(minmax(self.store.load(case)[0]).transpose(3, 0, 1, 2)))
+
+        volumes = {case.id: (case.shape, functools.partial(load, case)) for case in self.store.cases("train")
+                   if self.subjects is None or case.id in self.subjects}
+        if not self.ranks.first:
+            self.ranks.gather(None)
+        crops = CropFeatures(source, volumes, channels=len(self.store.channels), device=self.device)
+        if self.ranks.first:
+            self.ranks.gather(None)
+        return crops
 
     def _folder(self, config: TrainConfig) -> RunFolder | None:
         """The run's folder, for the one process that writes."""

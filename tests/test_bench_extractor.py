@@ -27,7 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_ways_compute_the_same() -> None:
     image = torch.rand(1, 1, 64, 64, 64, generator=torch.Generator().manual_seed(0))
     for name in ("anatomix", "mind"):
-        ours, eager, _ = (way(image) for way in suite._ways(name, CPU).values())
+        ours, eager, _ = (way(image) for way in suite.ways(name, CPU).values())
         assert (ours - eager).square().mean().sqrt() <= 1e-3 * eager.square().mean().sqrt()
 
 

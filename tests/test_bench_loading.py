@@ -170,7 +170,7 @@ def test_reading_a_tmpfs_is_not_counted():
 
 
 def test_a_recipe_is_compared_with_those_who_have_it(tmp_path):
-    ways = {recipe: set(suite._openers(suite.LoadingConfig(recipe=recipe), place(tmp_path))) for recipe in RECIPES}
+    ways = {recipe: set(suite.openers(suite.LoadingConfig(recipe=recipe), place(tmp_path))) for recipe in RECIPES}
     assert ways == {"dropgen": {"ours", "monai"}, "nnunet": {"ours", "nnunet"}, "off": {"ours", "monai"}}
 
 

@@ -19,9 +19,10 @@ TINY = ["--suite", "step", "--quick", "--device", "cpu", "--rounds", "2", "--ste
 
 def test_a_run_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows_file, picture = tmp_path / "rows.jsonl", tmp_path / "step.png"
-    assert bench.main([*TINY, "--json", str(rows_file), "--picture", str(picture)]) == 0
+    assert bench.main([*TINY, "--step.variants", "plain", "cached", "--json", str(rows_file), "--picture", str(picture)]) == 0
     rows = {row["name"]: row for row in map(json.loads, rows_file.read_text().splitlines())}
     assert {"step.dropgen_over_erm", "step.dropgen_over_erm.stride2", "step.x_recipe"} <= set(rows)
+    assert {"step.dropgen_over_erm.plain", "step.dropgen_over_erm.cached"} <= set(rows)
     ratio = rows["step.dropgen_over_erm"]
     assert ratio["low"] <= ratio["value"] <= ratio["high"]
     assert (ratio["unit"], ratio["rounds"], ratio["case"]["patch"]) == ("ratio", 2, [16, 16, 16])
@@ -57,6 +58,25 @@ def test_every_way_trains_and_erm_sees_the_image_alone() -> None:
     assert models["dropgen"].fused(image).shape[1] == 13
 
 
+@pytest.mark.parametrize("name", ["mind", "anatomix"])
+def test_variants_train_as_the_step_does(name: str) -> None:
+    """The same draw, the same loss but for the extractor's rounding; cached, the extractor is not called."""
+    cpu = torch.device("cpu")
+    options = ("base_channels=4", "downsamplings=2")
+    config = step.resolved(step.StepConfig(patch=(32, 32, 32), extractor=name, network_options=options), cpu)
+    (image, label), *_ = step.ready_batches(config, cpu)
+    losses = []
+    for variant in (None, "plain", "cached"):
+        training = step.training_step(config, cpu, "dropgen", 1, plain=variant == "plain")
+        batch = (image, label)
+        if variant == "cached":
+            batch = (image, label, step._features(training.model, image))  # type: ignore[assignment]
+            training.model.extractor = None
+        torch.manual_seed(1)
+        losses.append(float(training([batch], 0)))
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-4)
+
+
 def test_ratios_are_taken_within_rounds() -> None:
     """The second round is ten times as slow for all: no ratio changes."""
     config = step.StepConfig(strides=(1, 2))
@@ -84,6 +104,7 @@ def test_a_ratio_that_its_spread_does_not_allow_is_not_printed() -> None:
     (["--step.strides", "2"], "--step.strides must hold 1"),
     (["--step.patch", "20", "16", "16"], "cannot take a patch"),
     (["--step.extractor", "dino"], "no extractor 'dino'"),
+    (["--step.extractor", "torch.nn:Identity", "--step.variants", "plain"], "torch.nn:Identity has no plain definition"),
 ])
 def test_wrong_options_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("bench", bench.main, [*TINY, *words]) == 2

@@ -15,7 +15,9 @@ from torch import nn
 
 from dropgen_fast import checkpoint, predict, prepare, train
 from dropgen_fast.cli import run
+from dropgen_fast.data.prepare import minmax
 from dropgen_fast.features.cache import FeatureCache
+from dropgen_fast.features.volume import pad
 from dropgen_fast.inference import class_probabilities
 from dropgen_fast.model import DropGen, ModelConfig, build_model
 from dropgen_fast.settings import parse
@@ -125,6 +127,79 @@ def test_validation_extracts_each_volume_once(cohort: Path, tmp_path: Path) -> N
         assert Counted.calls == (0 if cache else 2 * 4)  # two volumes, four windows each
     assert len(list((tmp_path / "features").iterdir())) == 2
     assert scores[0] == pytest.approx(scores[1], abs=0.05)  # these features look at one voxel, but windows begin elsewhere
+
+
+def training(store: Path, out: Path, *more: str) -> list[str]:
+    """Options of a run of few steps without augmentation on patches of 8³."""
+    return ["--store", str(store), "--out", str(out), "--patch", "8", "8", "8", "--extractor", f"{__name__}:Counted", "--recipe",
+            "off", "--device", "cpu", "--network-options", "base_channels=2", "downsamplings=1", "--batch-size", "2",
+            "--panels", "0", "--precision", "fp32", "--validate-every", "100", "--log-every", "1", *more]
+
+
+@pytest.fixture(scope="module")
+def few(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cohort's store; volumes of 18 × 16 × 17 voxels."""
+    store = tmp_path_factory.mktemp("few") / "store"
+    assert prepare.main(["--source", str(cohort), "--store", str(store), "--workers", "1"]) == 0
+    return store
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_features_of_training_patches_are_cut_out_of_volumes(few: Path, tmp_path: Path, stride: int) -> None:
+    """These features look at one voxel, and the grid of stride 2 is the volume's: a patch has those of its own place."""
+    options = ["--extractor-stride", str(stride), "--feature-cache", str(tmp_path / "features"), "--feature-cache-training"]
+    trainer = train.Trainer(parse(training(few, tmp_path / "run", *options)))
+    assert trainer.crops is not None
+    assert trainer.model.extractor is not None
+    volumes = {case.id: torch.from_numpy(minmax(trainer.store.load(case)[0])).permute(3, 0, 1, 2)
+               for case in trainer.store.cases("train")}
+    Counted.calls = 0
+    seen = set()
+    for _ in range(8):
+        batch = next(trainer.data)
+        found = trainer.crops(batch.cases, batch.starts)
+        assert Counted.calls == 0
+        for case, start, features in zip(batch.cases, batch.starts, found, strict=True):
+            size = [-(-n // stride) * stride for n in volumes[case].shape[1:]]
+            padded, inside = pad(volumes[case][None], (size[0], size[1], size[2]))
+            where = [slice(s + i.start, s + i.start + 8) for s, i in zip(start, inside, strict=True)]
+            torch.testing.assert_close(features, trainer.model.extractor(padded[(slice(None), slice(None), *where)])[0])
+            seen.add(start)
+        Counted.calls = 0
+    assert len(seen) > 4
+
+
+def test_a_run_whose_extractor_never_runs_in_a_step(few: Path, tmp_path: Path) -> None:
+    cached = ["--feature-cache", str(tmp_path / "features"), "--feature-cache-training", "--num-subjects", "1"]
+    Counted.calls = 0
+    trainer = train.Trainer(parse(training(few, tmp_path / "whole", *cached, "--steps", "4")))
+    assert Counted.calls == 1  # one subject
+    trainer.train_step([next(trainer.data)])
+    assert Counted.calls == 1
+    # The same extractor on the patches would give other numbers: a patch is rescaled by itself, its volume as a whole.
+    assert train.main(training(few, tmp_path / "run", *cached, "--steps", "4")) == 0
+    assert train.main(training(few, tmp_path / "plain", "--steps", "4", "--num-subjects", "1")) == 0
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines() if "loss" in line]
+              for run in ("run", "plain")]
+    assert len(losses[0]) == len(losses[1]) == 4
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--feature-cache-training"], "feature_cache_training needs a folder: give --feature-cache"),
+    (["--feature-cache", "F", "--feature-cache-training", "--method", "erm"], "method erm has none: leave it out"),
+    (["--feature-cache", "F", "--feature-cache-training", "--recipe", "nnunet"],
+     "feature_cache_training needs patches as they are, and mirror_probability is 0.5: give --recipe off"),
+    (["--feature-cache", "F", "--feature-cache-training", "--extractor-stride", "3"],
+     "the features of training case train_0 cannot be computed at once: the extractor's grid of (3, 3, 3) does not divide"),
+])
+def test_training_that_cannot_be_cached(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str],
+                                        message: str) -> None:
+    assert run("train", train.main, training(few, tmp_path / "run", "--steps", "1", *options)) == 2
+    told = capsys.readouterr().err.strip()
+    assert message in told
+    assert "\n" not in told
 
 
 def test_models_with_one_extractor_share_its_features(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

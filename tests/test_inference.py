@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from dropgen_fast import inference
 from dropgen_fast.data.augmentation import sided_classes
+from dropgen_fast.device import free_bytes
 from dropgen_fast.features import FrozenExtractor
+from dropgen_fast.features import volume as volume_features
+from dropgen_fast.features.volume import FeaturePlan, VolumeFeatures
 from dropgen_fast.inference import class_probabilities, fits, volume_bytes
 from dropgen_fast.model import DropGen, ModelConfig, build_model
 from dropgen_fast.networks import UNet
@@ -169,9 +172,10 @@ def test_an_extractor_that_halves_gets_a_volume_that_can_be_halved() -> None:
     torch.manual_seed(0)
     unet = FrozenExtractor(UNet(1, 4, base_channels=4, downsamplings=3), name="u", channels=4, sha256="")
     image = torch.rand(1, 1, 20, 17, 30)
-    plan = inference._plan(unet, image, (16, 16, 16), torch.device("cpu"))
-    assert plan == inference.FeaturePlan((1, 1, 1), (20, 17, 30), (24, 24, 32))
-    found = inference._volume_features(dropgen(unet, patch=(16, 16, 16)), image, plan, torch.device("cpu"))
+    source = VolumeFeatures(unet, patch=(16, 16, 16), device=torch.device("cpu"), dtype=torch.float32)
+    plan = source.plan(1, (20, 17, 30))
+    assert plan == FeaturePlan((1, 1, 1), (20, 17, 30), (24, 24, 32), 4)
+    found = source(image, plan)
     assert found is not None
     index = [torch.arange(m).clamp(max=n - 1) for n, m in zip(plan.size, plan.extractor_size, strict=True)]
     padded = image[:, :, index[0]][:, :, :, index[1]][:, :, :, :, index[2]]
@@ -203,7 +207,7 @@ class Untold(Tokens):
 def test_features_per_window_where_they_cannot_be_had_at_once(
     extractor: FrozenExtractor, free: int, reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(inference, "free_bytes", lambda device: free)
+    monkeypatch.setattr(volume_features, "free_bytes", lambda device: free)
     model, image = dropgen(extractor), volume(9, 12, 13)
     with caplog.at_level(logging.WARNING):
         found = class_probabilities(model, image, (8, 8, 8), features="volume")
@@ -246,7 +250,7 @@ def test_whether_a_volume_fits(monkeypatch: pytest.MonkeyPatch, features: Any, m
 def test_free_memory_of_this_machine() -> None:
     with open("/proc/meminfo") as file:
         total = int(file.readline().split()[1]) * 1024
-    assert 2**20 < inference.free_bytes(torch.device("cpu")) < total
+    assert 2**20 < free_bytes(torch.device("cpu")) < total
 
 
 class Hungry(nn.Module):

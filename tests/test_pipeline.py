@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 from collections import Counter
@@ -21,6 +22,7 @@ from dropgen_fast.data.pipeline import Batch, TrainingPipeline
 from dropgen_fast.data.prepare import minmax
 from dropgen_fast.data.store import Store
 from dropgen_fast.errors import InputError
+from dropgen_fast.features.volume import pad
 from dropgen_fast.prepare import main
 
 SHAPE = (20, 16, 12)
@@ -88,6 +90,47 @@ def test_no_augmentation_is_the_volume(store: Store) -> None:
     assert batch.image.is_contiguous()
     check(store, batch, lambda a: a)
     check(store, next(pipeline(store, AugmentationConfig.none())), lambda a: a)
+
+
+@pytest.mark.parametrize("foreground_fraction", [0.0, 1.0])
+@pytest.mark.parametrize(("patch", "align"), [
+    ((8, 8, 8), (1, 1, 1)), ((21, 8, 15), (1, 1, 1)), ((8, 8, 6), (2, 4, 3)), ((24, 9, 16), (8, 3, 4)),
+])
+def test_where_a_crop_begins(store: Store, patch: tuple[int, int, int], align: tuple[int, int, int], foreground_fraction: float
+                             ) -> None:
+    """`starts` tells it, and with the volume's padding it is a multiple of `align`; volumes are padded to one."""
+    size = tuple(-(-max(n, m) // a) * a for n, m, a in zip(SHAPE, patch, align, strict=True))
+    data = pipeline(store, AugmentationConfig.none(), patch=patch, align=align, foreground_fraction=foreground_fraction)
+    found = set()
+    for batch in itertools.islice(data, 8):
+        for i, (case_id, start) in enumerate(zip(batch.cases, batch.starts, strict=True)):
+            (image, where), (label, _) = (pad(t[None], size) for t in stored(store, case_id))
+            begin = tuple(s + w.start for s, w in zip(start, where, strict=True))
+            assert not any(b % a for b, a in zip(begin, align, strict=True))
+            region = (0, slice(None), *(slice(b, b + n) for b, n in zip(begin, patch, strict=True)))
+            np.testing.assert_array_equal(batch.label[i].numpy(), label[region].numpy())
+            np.testing.assert_allclose(batch.image[i].numpy(), minmax(image[region].numpy()), rtol=0, atol=1e-6)
+            found.add(begin)
+    assert len(found) > 2
+
+
+@pytest.mark.parametrize("voxel", [(0, 0, 0), (17, 15, 10), (16, 1, 9), (9, 8, 5)])
+def test_an_aligned_crop_holds_its_foreground(tmp_path: Path, voxel: tuple[int, int, int]) -> None:
+    """At every place of a volume whose sides are no multiples."""
+    label = np.zeros((18, 16, 11), np.uint8)
+    label[voxel] = 1
+    one = make_store(tmp_path, {"case": ([blobs(label.shape)[0]], label)})
+    data = pipeline(one, AugmentationConfig.none(), patch=(8, 8, 8), align=(4, 2, 8), foreground_fraction=1.0)
+    starts = set()
+    for batch in itertools.islice(data, 20):
+        assert batch.label.flatten(1).any(1).all()
+        starts |= set(batch.starts)
+    assert len(starts) > 1 or voxel != (9, 8, 5)  # the others lie in corners
+
+
+def test_an_alignment_that_does_not_divide_the_patch(store: Store) -> None:
+    with pytest.raises(InputError, match=r"align must divide the patch \(8, 8, 8\), got \(1, 3, 1\)"):
+        pipeline(store, patch=(8, 8, 8), align=(1, 3, 1))
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -492,7 +535,7 @@ def test_the_gpu_graph_is_a_graph(store: Store) -> None:
         volumes=[str(c.volume) for c in cases], foregrounds=[str(c.foreground) for c in cases], rank=0, world_size=1, gpu=True,
         layout=dataclasses.replace(cases[0].layout, dtype="float16"), patch=SHAPE, uniforms=9,
         augmentation=AugmentationConfig(mirror_probability=0.5, elastic_probability=0.5), foreground_fraction=0.5,
-        reader_seed=0, batch_size=2, num_threads=1, device_id=None, seed=0)
+        align=(2, 1, 2), reader_seed=0, batch_size=2, num_threads=1, device_id=None, seed=0)
     assert b"Transpose" in graph.serialize()
 
 

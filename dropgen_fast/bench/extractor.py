@@ -24,7 +24,7 @@ from dropgen_fast.bench.report import ratio_text
 from dropgen_fast.errors import InputError
 from dropgen_fast.features import FrozenExtractor, anatomix, load_extractor
 from dropgen_fast.features.folded import FoldedUNet
-from dropgen_fast.kernels.mind_ssc import reference as mind_reference
+from dropgen_fast.kernels.mind_ssc import CHANNELS, reference
 from dropgen_fast.networks import one_line
 from dropgen_fast.page import plain_axes, to_png
 
@@ -42,7 +42,7 @@ class PlainMIND(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(N, 1, D, H, W) → (N, 12, D, H, W)."""
-        return mind_reference.mind_ssc(image, radius=1, dilation=1)
+        return reference.mind_ssc(image, radius=1, dilation=1)
 
 
 @dataclass(frozen=True)
@@ -93,18 +93,16 @@ def run(
     """
     config = resolved(config, meter.device)
     assert config.size is not None
-    assert config.batch is not None
     for name in config.names:
         frozen(name).check_patch(config.size)
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.rand(config.batch, 1, *config.size, generator=generator).to(meter.device) for _ in range(READY)]
+    images = ready_images(config, meter.device)
     ms: dict[str, Spread] = {}
     ratios: dict[str, Spread] = {}
     problems: dict[str, str] = {}
     rounds = 0
     for name in config.names:
         runs: dict[str, Run] = {}
-        for way, function in _ways(name, meter.device).items():
+        for way, function in ways(name, meter.device).items():
             progress(f"{name}: warming up {way}")
             one = _run(function, images, half=config.precision == "bf16")
             try:
@@ -158,7 +156,14 @@ def picture(result: ExtractorResult) -> bytes:
     return to_png(figure, 120)
 
 
-def plain(name: str) -> nn.Module:
+def ready_images(config: ExtractorConfig, device: torch.device) -> list[Tensor]:
+    """Noise (N, 1, D, H, W) of a resolved configuration, used in turn."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (config.batch or 1, 1, *(config.size or ()))
+    return [torch.rand(shape, generator=generator).to(device) for _ in range(READY)]
+
+
+def definition(name: str) -> nn.Module:
     """The definition of an extractor (N, 1, D, H, W) → (N, C, d, h, w), in evaluation mode, with random weights if it has any."""
     if name == "mind":
         return PlainMIND().eval()
@@ -167,19 +172,26 @@ def plain(name: str) -> nn.Module:
         return anatomix.build(name).eval().requires_grad_(False)
 
 
-def frozen(name: str, stride: int = 1) -> FrozenExtractor:
-    """The same as `load_extractor` gives it; of the anatomix family with the weights of `plain`."""
-    if name not in anatomix.ARCHITECTURES:
+def frozen(name: str, stride: int = 1, *, plain: bool = False) -> FrozenExtractor:
+    """The same as `load_extractor` gives it; of the anatomix family with the weights of `definition`.
+
+    With `plain` the definition itself, as an extractor.
+    """
+    if name not in NAMES or (name == "mind" and not plain):
+        if plain:
+            raise InputError(f"extractor {name} has no plain definition; there is one of {', '.join(NAMES)}")
         return load_extractor(name, stride=stride)
-    network: Any = plain(name)
-    return FrozenExtractor(FoldedUNet(network), name=name, channels=anatomix.channels(name), stride=stride, sha256="")
+    network: Any = definition(name)
+    channels = CHANNELS if name == "mind" else anatomix.channels(name)
+    return FrozenExtractor(network if plain else FoldedUNet(network), name=name, channels=channels, stride=stride, sha256="")
 
 
-def _ways(name: str, device: torch.device) -> dict[str, Way]:
-    ours, definition = frozen(name).to(device), plain(name).to(device)
+def ways(name: str, device: torch.device) -> dict[str, Way]:
+    """What is compared, by name."""
+    ours, plain = frozen(name).to(device), definition(name).to(device)
     if device.type == "cuda":
         ours.compile(dynamic=False)  # as `TrainingStep` does
-    return {"ours": ours, "eager": definition, "compile": torch.compile(definition, fullgraph=True, dynamic=False)}
+    return {"ours": ours, "eager": plain, "compile": torch.compile(plain, fullgraph=True, dynamic=False)}
 
 
 def _ratios(name: str, times: Times) -> dict[str, Spread]:

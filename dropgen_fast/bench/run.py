@@ -26,9 +26,9 @@ from dropgen_fast.bench.op import run as measure_op
 from dropgen_fast.bench.page import page
 from dropgen_fast.bench.step import StepConfig
 from dropgen_fast.bench.trace import write_trace
+from dropgen_fast.device import choose_device
 from dropgen_fast.errors import InputError
 from dropgen_fast.files import write_atomically
-from dropgen_fast.inference import choose_device
 from dropgen_fast.presets import load_preset
 
 SECONDS, QUICK_SECONDS = 36.0, 3.0

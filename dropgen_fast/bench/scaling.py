@@ -311,14 +311,6 @@ def limit_memory(device: torch.device, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (held + memory_bytes, resource.RLIM_INFINITY))
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that can be had now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-
-
 # ---- processes that train together --------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -29,13 +29,14 @@ from dropgen_fast.errors import InputError
 from dropgen_fast.losses import build_loss
 from dropgen_fast.model import DropGen, ModelConfig, build_model
 from dropgen_fast.page import COLOURS, INK, plain_axes, to_png
-from dropgen_fast.step import PARTS, TrainingStep
+from dropgen_fast.step import PARTS, Patches, TrainingStep
 
 PATCHES = {"cpu": (64, 64, 64), "cuda": (128, 128, 128)}
 BATCHES = {"cpu": 1, "cuda": 4}
 PRECISIONS = {"cpu": "fp32", "cuda": "bf16"}
 READY = 3  # batches, used in turn
 Batch = tuple[Tensor, Tensor]
+Variant = Literal["plain", "cached"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class StepConfig:
     """As train's; of the anatomix family with random weights, on whose values no time depends."""
     strides: tuple[int, ...] = (1, 2)
     """Of the extractor; the first is compared with the recipe, which has stride 1."""
+    variants: tuple[Variant, ...] = ()
+    """Of DropGen's step at stride 1: plain, with the extractor as its plain definition; cached, with its features at hand."""
     network_options: tuple[str, ...] = ()
     """Of the paper's U-Net, as train's."""
     precision: str | None = None
@@ -78,7 +81,7 @@ def resolved(config: StepConfig, device: torch.device) -> StepConfig:
     kind = device.type
     chosen = StepConfig(
         patch=config.patch or PATCHES[kind], batch=config.batch or BATCHES[kind], classes=config.classes,
-        extractor=config.extractor, strides=config.strides, network_options=config.network_options,
+        extractor=config.extractor, strides=config.strides, variants=config.variants, network_options=config.network_options,
         precision=config.precision or PRECISIONS[kind], compile=kind == "cuda" if config.compile is None else config.compile)
     if chosen.precision not in ("bf16", "fp32"):
         raise InputError(f"--step.precision must be bf16 or fp32, got {chosen.precision!r}")
@@ -119,6 +122,8 @@ def ways(config: StepConfig, device: torch.device, batches: Sequence[Batch]) -> 
     found: dict[str, Callable[[], Run]] = {"erm": functools.partial(_ours, config, device, "erm", 1, batches)}
     for stride in config.strides:
         found[_name(stride)] = functools.partial(_ours, config, device, "dropgen", stride, batches)
+    for variant in config.variants:
+        found[f"dropgen_{variant}"] = functools.partial(_ours, config, device, "dropgen", 1, batches, variant)
     found["recipe"] = functools.partial(_recipe, config, device, batches, compiled=False)
     if config.compile:
         found["recipe_compile"] = functools.partial(_recipe, config, device, batches, compiled=True)
@@ -173,8 +178,8 @@ def picture(result: StepResult) -> bytes:
 
 
 def fields(config: StepConfig) -> dict[str, Any]:
-    """As rows have it."""
-    return {**dataclasses.asdict(config), "network": "unet"}
+    """As rows have it: what decides the time of a way, whatever it is compared with."""
+    return {**{name: value for name, value in dataclasses.asdict(config).items() if name != "variants"}, "network": "unet"}
 
 
 def _name(stride: int) -> str:
@@ -186,6 +191,7 @@ def _ratios(config: StepConfig, times: Times) -> dict[str, Spread]:
         return Spread.of(a / b for a, b in zip(times.ms(one, 0, -1), times.ms(other, 0, -1), strict=True))
 
     ratios = {("dropgen_over_erm" if s == 1 else f"dropgen_over_erm.stride{s}"): over(_name(s), "erm") for s in config.strides}
+    ratios |= {f"dropgen_over_erm.{variant}": over(f"dropgen_{variant}", "erm") for variant in config.variants}
     ratios["x_recipe"] = over("recipe", "dropgen")
     if "recipe_compile" in times:
         ratios["x_recipe_compile"] = over("recipe_compile", "dropgen")
@@ -200,18 +206,19 @@ def ready_batches(config: StepConfig, device: torch.device) -> list[Batch]:
              torch.randint(config.classes, shape, generator=generator, dtype=torch.uint8).to(device)) for _ in range(READY)]
 
 
-def _model(config: StepConfig, device: torch.device, method: str, stride: int) -> tuple[DropGen, TrainConfig]:
+def _model(config: StepConfig, device: torch.device, method: str, stride: int, *, plain: bool = False
+           ) -> tuple[DropGen, TrainConfig]:
     assert config.patch is not None
     settings = ModelConfig(method=method, extractor=config.extractor, extractor_stride=stride,  # type: ignore[arg-type]
                            network_options=config.network_options, precision=config.precision)  # type: ignore[arg-type]
     torch.manual_seed(0)
     model = build_model(settings, image_channels=1, classes=config.classes, patch=config.patch,
-                        extractor=extractor.frozen(config.extractor, stride)).to(device).train()
+                        extractor=extractor.frozen(config.extractor, stride, plain=plain)).to(device).train()
     return model, TrainConfig(store=Path(), out=Path(), model=settings, compile=config.compile)
 
 
 def training_step(
-    config: StepConfig, device: torch.device, method: str, stride: int, ranks: Ranks | None = None,
+    config: StepConfig, device: torch.device, method: str, stride: int, ranks: Ranks | None = None, *, plain: bool = False,
 ) -> TrainingStep:
     """Ours, with fresh weights.
 
@@ -221,31 +228,44 @@ def training_step(
         method: as train's, such as "dropgen" or "erm".
         stride: of the extractor.
         ranks: processes that average their gradients; None: this one alone.
+        plain: with the plain definition of the extractor.
 
     Raises:
         InputError: an extractor or a network that cannot be had, or that does not take the patch.
     """
-    model, training = _model(config, device, method, stride)
+    model, training = _model(config, device, method, stride, plain=plain)
     loss = build_loss(training.loss, training.loss_options, config.classes).to(device)
     return TrainingStep(model, loss, training, ranks or Ranks(device=device))
 
 
-def _ours(config: StepConfig, device: torch.device, method: str, stride: int, batches: Sequence[Batch]) -> Run:
-    step, numbers = training_step(config, device, method, stride), itertools.count()
+def _ours(config: StepConfig, device: torch.device, method: str, stride: int, batches: Sequence[Batch],
+          variant: Variant | None = None) -> Run:
+    step, numbers = training_step(config, device, method, stride, plain=variant == "plain"), itertools.count()
+    ready: Sequence[Patches] = batches
+    if variant == "cached":
+        ready = [(image, label, _features(step.model, image)) for image, label in batches]
 
     def run(number: int, place: int, mark: Callable[[], None]) -> None:
         step.observe = lambda part: mark()
         mark()
-        step([batches[number % len(batches)]], next(numbers))
+        step([ready[number % len(ready)]], next(numbers))
 
     return run
+
+
+def _features(model: DropGen, image: Tensor) -> Tensor:
+    """As the step has them."""
+    with torch.autocast(image.device.type, torch.bfloat16, enabled=model.fusion.dtype == torch.bfloat16):
+        features = model.features(image)
+    assert features is not None
+    return features
 
 
 def _recipe(config: StepConfig, device: torch.device, batches: Sequence[Batch], *, compiled: bool) -> Run:
     """The same network and weights in torch's own memory layout, and the extractor's plain definition: the reference's step."""
     model, _ = _model(config, device, "dropgen", 1)
     network = copy.deepcopy(model.network).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    features = extractor.plain(config.extractor).to(device) if config.extractor in extractor.NAMES else model.extractor
+    features = extractor.definition(config.extractor).to(device) if config.extractor in extractor.NAMES else model.extractor
     recipe = Recipe(network, features, bf16=config.precision == "bf16")
     if compiled:
         network.compile()

@@ -177,6 +177,14 @@ class AugmentationConfig:
             raise InputError(f"{where}: {error}") from error
 
     @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the probabilities of all that can occur."""
+        geometric = () if self.mirror else ("flip_probability", "flip_random_axis_probability", "mirror_probability",
+                                            "rotate90_probability")
+        names = (field.name for field in dataclasses.fields(self) if field.name.endswith("_probability"))
+        return tuple(name for name in names if getattr(self, name) > 0 and name not in geometric)
+
+    @property
     def flipping(self) -> bool:
         """Whether any flip can occur."""
         return self.mirror and max(self.flip_probability, self.flip_random_axis_probability, self.mirror_probability) > 0

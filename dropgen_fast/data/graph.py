@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import nvidia.dali.math as dmath
 from nvidia.dali import fn, pipeline_def, types
 
@@ -30,14 +31,15 @@ NUMBERS = {"float32": types.FLOAT, "float16": types.FLOAT16, "int16": types.INT1
 
 @pipeline_def(enable_conditionals=True, enable_checkpointing=True, prefetch_queue_depth=2)
 def training_graph(volumes: Sequence[str], foregrounds: Sequence[str], layout: Layout, patch: tuple[int, int, int],
-                   augmentation: AugmentationConfig, uniforms: int, foreground_fraction: float, reader_seed: int, rank: int,
-                   world_size: int, gpu: bool) -> tuple[Any, ...]:
+                   augmentation: AugmentationConfig, uniforms: int, foreground_fraction: float, align: tuple[int, int, int],
+                   reader_seed: int, rank: int, world_size: int, gpu: bool) -> tuple[Any, ...]:
     """What the pipeline puts out; `layout` is that of every volume but for their shapes.
 
     Returns:
         Image (C, D, H, W) in the store's number type; label (1, D, H, W) uint8; `uniforms` numbers, uniform in [0, 1), float32;
-        the path of foreground.npy, which names the case; where elastic deformation is on, one standard normal number for each
-        axis and control point, (3, g, g, g) float32.
+        the path of foreground.npy, which names the case; the first voxel (3,) int32 of the region that was read, which is
+        negative where the volume is padded; where elastic deformation is on, one standard normal number for each axis and
+        control point, (3, g, g, g) float32.
     """
     # Readers with the same seed and shuffling stay in step, so the two files always belong to one case.
     reader: dict[str, Any] = {"random_shuffle": True, "seed": reader_seed, "shard_id": rank, "num_shards": world_size,
@@ -45,11 +47,11 @@ def training_graph(volumes: Sequence[str], foregrounds: Sequence[str], layout: L
     rows = fn.readers.numpy(files=list(foregrounds), name="foreground", **reader)
     turns = _draw_turns(augmentation)
     size = _size_before_turning(turns, patch)
-    start = _draw_start(rows, size, foreground_fraction)
+    start = _draw_start(rows, size, foreground_fraction, np.array(align, np.float32))
     image, label = _read(volumes, layout, start, size, gpu, reader)
     flips = _draw_flips(augmentation, turns)
     outputs = [fn.reinterpret(_orient(image, flips, turns), dtype=NUMBERS[layout.dtype]), _orient(label, flips, turns),
-               fn.random.uniform(range=(0.0, 1.0), shape=[uniforms]), fn.get_property(rows, key="source_info")]
+               fn.random.uniform(range=(0.0, 1.0), shape=[uniforms]), fn.get_property(rows, key="source_info"), start]
     if augmentation.elastic_probability > 0:
         outputs.append(fn.random.normal(shape=[3, *[augmentation.elastic_control_points] * 3]))
     return tuple(outputs)
@@ -86,26 +88,30 @@ def _coin(probability: float) -> Any:
     return fn.random.coin_flip(probability=probability, dtype=types.BOOL)
 
 
-def _draw_start(rows: Any, size: Any, foreground_fraction: float) -> Any:
-    """First voxel (3,) int32 of the region to read, inside the volume; a volume smaller than `size` is padded on both sides.
+def _draw_start(rows: Any, size: Any, foreground_fraction: float, align: npt.NDArray[np.float32]) -> Any:
+    """First voxel (3,) int32 of the region to read, inside the volume as `features.volume.pad` pads it to `size` at least.
 
     Uniform over all positions or, with probability `foreground_fraction`, uniform over those that contain a stored foreground
-    voxel, as far as the volume's borders allow. `rows` is foreground.npy: the shape, then voxels.
+    voxel, as far as the volume's borders allow. `rows` is foreground.npy: the shape, then voxels. The volume is padded to a
+    multiple of `align` (3,) voxels, and the region begins at one: the next lower.
     """
     size = fn.cast(size, dtype=types.FLOAT)
-    room = fn.cast(rows[0], dtype=types.FLOAT) - size
-    lowest = dmath.min(dmath.floor(room * 0.5), 0.0)
-    highest = dmath.max(room, lowest)
+    shape = fn.cast(rows[0], dtype=types.FLOAT)
+    grid = types.Constant(align)
+    padded = dmath.ceil(dmath.max(shape, size) / grid) * grid
+    before = dmath.ceil((padded - shape) * 0.5)
     uniform = fn.random.uniform(range=(0.0, 1.0), shape=[3])
-    start = dmath.floor(uniform * (room + 1.0))
+    start = dmath.floor(uniform * (shape - size + 1.0))
     if foreground_fraction > 0:
         count = fn.cast(rows.shape(dtype=types.INT32)[0], dtype=types.FLOAT)
         chosen = _coin(foreground_fraction)
         row = dmath.min(dmath.floor(fn.random.uniform(range=(0.0, 1.0)) * (count - 1.0)) + 1.0, count - 1.0)
         if chosen & (count > 1.0):
             voxel = fn.cast(rows[fn.cast(row, dtype=types.INT32)], dtype=types.FLOAT)
-            start = voxel - dmath.min(dmath.floor(uniform * size), size - 1.0)
-    return fn.cast(dmath.clamp(start, lowest, highest), dtype=types.INT32)
+            reach = size - grid + 1.0  # so that the region still holds the voxel once its start is rounded down
+            start = voxel - dmath.min(dmath.floor(uniform * reach), reach - 1.0)
+    start = dmath.clamp(start, -before, padded - size - before)
+    return fn.cast(dmath.floor((start + before) / grid) * grid - before, dtype=types.INT32)
 
 
 def _draw_turns(augmentation: AugmentationConfig) -> Any:

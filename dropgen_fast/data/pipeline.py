@@ -29,6 +29,8 @@ class Batch:
     image: torch.Tensor
     label: torch.Tensor
     cases: tuple[str, ...]
+    starts: tuple[tuple[int, ...], ...]
+    """Of each crop the first voxel (z, y, x) that was read of its volume, before flips and turns; negative in padding."""
 
 
 class TrainingPipeline(Iterator[Batch]):
@@ -52,6 +54,7 @@ class TrainingPipeline(Iterator[Batch]):
         num_threads: DALI's CPU threads.
         rank, world_size: this process among those that train together.
         case_ids: use only these cases of the split.
+        align: crops begin at multiples of so many voxels, counted on the volume as `features.volume.pad` pads it.
         restore: a `state` to go on from; everything else must be as it was then, except `num_threads`.
 
     Raises:
@@ -61,9 +64,12 @@ class TrainingPipeline(Iterator[Batch]):
     def __init__(self, store: Store, *, patch: tuple[int, int, int], batch_size: int, seed: int, split: str = "train",
                  augmentation: AugmentationConfig | None = None, chain: ChainName = "fused", foreground_fraction: float = 0.33,
                  device: int | None = None, num_threads: int = 2, rank: int = 0, world_size: int = 1,
-                 case_ids: Sequence[str] | None = None, restore: bytes | None = None) -> None:
+                 case_ids: Sequence[str] | None = None, align: tuple[int, int, int] = (1, 1, 1), restore: bytes | None = None
+                 ) -> None:
         augmentation = augmentation or AugmentationConfig()
         _check(patch, batch_size, foreground_fraction, num_threads, rank, world_size)
+        if not all(n >= 1 and size % n == 0 for n, size in zip(align, patch, strict=True)):
+            raise InputError(f"align must divide the patch {patch}, got {align}")
         cases = _select(store, split, case_ids)
         self.cases_per_epoch = len(cases)
         self._device = device
@@ -71,8 +77,8 @@ class TrainingPipeline(Iterator[Batch]):
         self._identity = {
             "store": store.identity(), "cases": hashlib.sha256(json.dumps([c.id for c in cases]).encode()).hexdigest(),
             "patch": list(patch), "batch_size": batch_size, "seed": seed, "augmentation": dataclasses.asdict(augmentation),
-            "chain": chain, "foreground_fraction": foreground_fraction, "device": "cpu" if device is None else "gpu",
-            "rank": rank, "world_size": world_size}
+            "chain": chain, "foreground_fraction": foreground_fraction, "align": list(align),
+            "device": "cpu" if device is None else "gpu", "rank": rank, "world_size": world_size}
         self._identity = json.loads(json.dumps(self._identity))  # tuples become lists, as they do in a state
         channels = len(store.channels)
         self._augmenter = Augmenter(augmentation, patch, channels, batch_size, chain, device, num_threads)
@@ -82,7 +88,7 @@ class TrainingPipeline(Iterator[Batch]):
         self._pipeline = _training_graph()(
             volumes=[str(c.volume) for c in cases], foregrounds=[str(c.foreground) for c in cases], layout=cases[0].layout,
             patch=tuple(patch), augmentation=augmentation, uniforms=uniforms_per_sample(channels),
-            foreground_fraction=foreground_fraction, reader_seed=order, rank=shard, world_size=shards,
+            foreground_fraction=foreground_fraction, align=align, reader_seed=order, rank=shard, world_size=shards,
             gpu=device is not None, batch_size=batch_size, num_threads=num_threads, device_id=device,
             seed=_seed("draws", seed, rank), checkpoint=self._checkpoint(restore))
         try:
@@ -97,12 +103,12 @@ class TrainingPipeline(Iterator[Batch]):
         try:
             # On a GPU the batch is ordered on torch's stream: nobody waits, and memory goes back to DALI after torch's last use.
             stream = None if self._device is None else torch.cuda.current_stream(self._device)
-            image, label, uniforms, origin, *normals = self._pipeline.run(stream)
+            image, label, uniforms, origin, start, *normals = self._pipeline.run(stream)
         except RuntimeError as error:
             raise _readable(error) from error
         cases = tuple(self._case_of[bytes(origin.at(i)).decode()] for i in range(len(origin)))
         augmented = self._augmenter(_tensor(image), _tensor(label), _tensor(uniforms), _tensor(normals[0]) if normals else None)
-        return Batch(*augmented, cases)
+        return Batch(*augmented, cases, tuple(tuple(row) for row in _tensor(start).tolist()))
 
     def state(self) -> bytes:
         """Everything that the constructor's `restore` needs to go on with the batch after the last one returned, bit for bit."""

@@ -123,13 +123,12 @@ def run(config: LoadingConfig, device: torch.device, seconds: float, progress: C
     with ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="bench_loading_") as folder:
         if config.store is None:
             progress("making volumes")
-            edges = (int(EDGES[0] * max(config.patch)), int(EDGES[1] * max(config.patch)))
-            store = make_store(Path(folder) / "volumes", config.patch, cases=CASES, seed=0, workers=1, edges=edges)
+            store = make_store(Path(folder) / "volumes", config.patch, cases=CASES, seed=0, workers=1, edges=edges(config.patch))
         else:
             store = config.store.absolute()
         volumes = describe(store)
         place = Place(store, Path(folder), config.patch, config.batch_size, cores, str(device))
-        with opened(_openers(config, place), place, progress) as (feeds, missing):
+        with opened(openers(config, place), place, progress) as (feeds, missing):
             if OURS in missing:
                 raise RuntimeError(f"ours could not be run: {missing[OURS]}")
             progress("taking turns")
@@ -202,7 +201,12 @@ def fields(result: LoadingResult) -> dict[str, Any]:
             "crops": len(result.amplification), "read_ahead_kib": result.read_ahead_kib, "dali": machine.dali_version()}
 
 
-def _openers(config: LoadingConfig, place: Place) -> dict[str, Opener]:
+def edges(patch: tuple[int, int, int]) -> tuple[int, int]:
+    """Voxels of the shortest and the longest edge of the volumes that are made."""
+    return int(EDGES[0] * max(patch)), int(EDGES[1] * max(patch))
+
+
+def openers(config: LoadingConfig, place: Place) -> dict[str, Opener]:
     """Ours and what it is compared with."""
     recipe = AugmentationConfig.named(config.recipe, place.patch)
     if config.recipe == "nnunet":
