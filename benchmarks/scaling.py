@@ -30,7 +30,7 @@ import tyro
 
 from dropgen_fast.bench import cluster, machine, scaling, scaling_report
 from dropgen_fast.bench.scaling import Base, Limits
-from dropgen_fast.bench.step import BATCHES, PATCHES, PRECISIONS
+from dropgen_fast.bench.step import PATCHES, PRECISIONS
 from dropgen_fast.cli import run
 from dropgen_fast.device import choose_device, free_bytes
 from dropgen_fast.errors import InputError
@@ -39,6 +39,8 @@ from dropgen_fast.files import write_atomically
 Part = Literal["patch", "batch", "channels", "classes", "processes", "gradients", "checkpoint"]
 PARTS: tuple[Part, ...] = (*scaling.AXES, "gradients", "checkpoint")
 SMALL_NETWORK = ("base_channels=4", "downsamplings=3")
+BASE_BATCH = {"cpu": 2, "cuda": 4}
+"""On a CPU torch leaves convolutions of a single small sample to a slow loop, which would be all that one saw of a small network."""
 QUICK_PATCH, QUICK_NETWORK = 16, ("base_channels=2", "downsamplings=2")
 ROUNDS, QUICK_ROUNDS = 5, 2
 MEMORY_SHARE = 0.8
@@ -69,7 +71,7 @@ class ScalingConfig:
     base_patch: int | None = None
     """Edge of the base case's cube; default 64 on a CPU, 128 on a GPU."""
     base_batch: int | None = None
-    """Patches of the base case; default 1 on a CPU, 4 on a GPU."""
+    """Patches of the base case; default 2 on a CPU, 4 on a GPU."""
     base_channels: int = 16
     """Feature channels of the base case."""
     base_classes: int = 4
@@ -136,7 +138,7 @@ def base_of(config: ScalingConfig, device: torch.device) -> Base:
     on_cpu = device.type == "cpu"
     options = config.network_options if config.network_options is not None else SMALL_NETWORK if on_cpu else ()
     return Base(
-        patch=config.base_patch or PATCHES[device.type][0], batch=config.base_batch or BATCHES[device.type],
+        patch=config.base_patch or PATCHES[device.type][0], batch=config.base_batch or BASE_BATCH[device.type],
         channels=config.base_channels, classes=config.base_classes, network_options=options,
         precision=config.precision or PRECISIONS[device.type], compile=not on_cpu if config.compile is None else config.compile)
 
