@@ -8,17 +8,22 @@ A floor is the time in which a copy moves the bytes that a call must: the image 
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import tyro
 from torch import Tensor
 
+from dropgen_fast.bench.extractor import definition
 from dropgen_fast.bench.measure import Meter, Run, Spread
-from dropgen_fast.kernels.mind_ssc import CHANNELS, mind_ssc, reference
+from dropgen_fast.cli import run
+from dropgen_fast.errors import InputError
+from dropgen_fast.kernels.mind_ssc import CHANNELS, mind_ssc
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SECONDS = 45  # of a case
@@ -50,13 +55,9 @@ class Case:
 CASES = (Case(1, 128), Case(2, 96), Case(1, 64))
 
 
-def plain(image: Tensor) -> Tensor:
-    """The definition."""
-    return reference.mind_ssc(image, radius=1, dilation=1)
-
-
 def ways() -> dict[str, Callable[[Tensor], Tensor]]:
     """Each way by name."""
+    plain = definition("mind")
     return {"ours": mind_ssc, "eager": plain, "compile": torch.compile(plain, dynamic=False)}
 
 
@@ -67,44 +68,64 @@ def bench_mind_ssc(benchmark: Any, case: Case, way: str) -> None:
     torch.compiler.reset()
     image, call = case.make(), ways()[way]
 
-    def run() -> None:
+    def once() -> None:
         call(image)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
     benchmark.group = case.name
-    benchmark.pedantic(run, rounds=10, warmup_rounds=2)
+    benchmark.pedantic(once, rounds=10, warmup_rounds=2)
 
 
 def timed(call: Callable[[Tensor], Tensor], image: Tensor) -> Run:
     """A run of the meter."""
-    def run(number: int, place: int, mark: Callable[[], None]) -> None:
+    def once(number: int, place: int, mark: Callable[[], None]) -> None:
         mark()
         call(image)
         mark()
-    return run
+    return once
 
 
-def main() -> None:
-    """Print a line for each case: how many times as fast as the plain forms, and the share of the floor's bandwidth."""
+@dataclass(frozen=True)
+class MindSscConfig:
+    """`mind_ssc` beside its plain form: a line for each case, with the share of the floor's bandwidth."""
+
+    cases: tuple[str, ...] = tuple(case.name for case in CASES)
+    """Images and the edge of their cubes in voxels, as 2x96."""
+    seconds: float = SECONDS
+    """Of the rounds of a case."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command."""
+    config = tyro.cli(MindSscConfig, args=list(argv), prog="bench_mind_ssc.py")
+    cases = [case_of(name) for name in config.cases]
     meter = Meter(DEVICE)
-    names = sys.argv[1:] or [case.name for case in CASES]
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for case in (case for case in CASES if case.name in names):
+    for case in cases:
         torch.compiler.reset()
         image = case.make()
         calls = ways()
         for call in calls.values():
             torch.testing.assert_close(call(image), mind_ssc(image), rtol=1e-4, atol=1e-5)
             call(image)
-        times = meter.interleave({name: timed(call, image) for name, call in calls.items()}, SECONDS)
+        times = meter.interleave({name: timed(call, image) for name, call in calls.items()}, config.seconds)
         ms = {name: times.ms(name, 0, 1) for name in calls}
         words = [f"{name} {show(Spread.of(b / a for a, b in zip(ms['ours'], ms[name], strict=True)))} x"
                  for name in calls if name != "ours"]
         share = Spread.of(case.floor_bytes / a / 1e6 / copy for a, copy in zip(ms["ours"], meter.copy_gb_s(times), strict=True))
         print(f"{case.name}: {', '.join(words)}; {case.floor_bytes / 1e6:.0f} MB, {show(share)} of a copy's bandwidth; "
               f"ours {show(Spread.of(ms['ours']))} ms, {times.rounds} rounds", flush=True)
+    return 0
+
+
+def case_of(name: str) -> Case:
+    """The case of that name; raises `InputError`."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)
+    if found is None:
+        raise InputError(f"--cases must be such as 2x96, images and the edge of their cubes, got {name!r}")
+    return Case(int(found[1]), int(found[2]))
 
 
 def show(spread: Spread) -> str:
@@ -113,4 +134,4 @@ def show(spread: Spread) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("bench_mind_ssc", main, sys.argv[1:]))

@@ -19,7 +19,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from dropgen_fast.bench import cluster, machine, scaling, scaling_report
+from dropgen_fast.bench import cluster, machine, report, scaling, scaling_report
 from dropgen_fast.bench.scaling import Base, Limits
 from dropgen_fast.bench.step import PATCHES, PRECISIONS
 from dropgen_fast.cli import run
@@ -40,7 +40,7 @@ Part = Literal["patch", "batch", "channels", "classes", "processes", "gradients"
 PARTS: tuple[Part, ...] = (*scaling.AXES, "gradients", "checkpoint")
 SMALL_NETWORK = ("base_channels=4", "downsamplings=3")
 BASE_BATCH = {"cpu": 2, "cuda": 4}
-"""On a CPU torch leaves convolutions of a single small sample to a slow loop, which would be all that one saw of a small network."""
+"""On a CPU torch leaves convolutions of a single small sample to a slow loop, which would be all one saw of a small network."""
 QUICK_PATCH, QUICK_NETWORK = 16, ("base_channels=2", "downsamplings=2")
 ROUNDS, QUICK_ROUNDS = 5, 2
 MEMORY_SHARE = 0.8
@@ -126,6 +126,8 @@ def check(config: ScalingConfig) -> None:
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise InputError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+    if not config.parts:
+        raise InputError("--parts must name one at least")
     if not config.scratch.is_dir():
         raise InputError(f"--scratch must be a folder that is there, got {config.scratch}")
     for name, path in (("json", config.json), ("picture", config.picture)):
@@ -157,14 +159,20 @@ def bench(config: ScalingConfig) -> scaling_report.Result:
         torch.set_num_threads(config.threads)
     try:
         facts = {**machine.describe(device), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-        result = _measured(config, device)
+        parts: list[scaling_report.Result] = []
+        rows: list[report.Row] = []
+        for part in _measured(config, device):
+            parts.append(part)
+            made = scaling_report.rows(part, facts)
+            rows += made
+            if config.json is not None:  # part by part: a later one may fail, and each takes minutes
+                with config.json.open("a") as file:
+                    file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in made)
     finally:
         torch.set_num_threads(threads)
+    result = scaling_report.together(parts)
     print(scaling_report.screen(result, facts))
-    rows = scaling_report.rows(result, facts)
     if config.json is not None:
-        with config.json.open("a") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         print(f"{len(rows)} rows appended to {config.json}")
         rows = [json.loads(line) for line in config.json.read_text().splitlines()]
     if config.picture is not None:
@@ -174,27 +182,28 @@ def bench(config: ScalingConfig) -> scaling_report.Result:
     return result
 
 
-def _measured(config: ScalingConfig, device: torch.device) -> scaling_report.Result:
+def _measured(config: ScalingConfig, device: torch.device) -> Iterator[scaling_report.Result]:
+    """Part after part."""
     base = base_of(config, device)
     rounds = config.rounds or ROUNDS
     memory_bytes = (config.memory_gib * 2**30 if config.memory_gib is not None else MEMORY_SHARE * free_bytes(device))
     limits = Limits(int(memory_bytes), config.step_s or STEP_S[device.type])
-    points: dict[scaling.Axis, list[scaling.Point]] = {}
-    for axis in scaling.AXES:
-        if axis in config.parts:
-            sweep = scaling.sweep_processes if axis == "processes" else scaling.sweep
-            arguments = (axis,) if axis != "processes" else ()
-            points[axis] = sweep(*arguments, getattr(config, axis), base, device, rounds, limits, _say)
+    axes = [axis for axis in scaling.AXES if axis in config.parts]
     whole = base if config.quick else dataclasses.replace(base, patch=64, network_options=())
-    checks: dict[str, Any] = {}
+    scaling.check([base.at("patch", base.patch), *(base.at(axis, value) for axis in axes for value in getattr(config, axis))])
+    for axis in axes:
+        sweep = scaling.sweep_processes if axis == "processes" else scaling.sweep
+        arguments = (axis,) if axis != "processes" else ()
+        points = sweep(*arguments, getattr(config, axis), base, device, rounds, limits, _say)
+        yield scaling_report.Result(base, {axis: points}, {}, whole)
     if "gradients" in config.parts:
         _say("gradients")
-        checks |= {f"gradients.{name}": value for name, value in scaling.ready_shares(whole, device, rounds).items()}
+        found = scaling.ready_shares(whole, device, rounds)
+        yield scaling_report.Result(base, {}, {f"gradients.{name}": value for name, value in found.items()}, whole)
     if "checkpoint" in config.parts:
         _say("checkpoint")
         found = scaling.checkpoint_values(whole, config.scratch, rounds)
-        checks |= {f"checkpoint.{name}": value for name, value in found.items()}
-    return scaling_report.Result(base, points, checks, whole)
+        yield scaling_report.Result(base, {}, {f"checkpoint.{name}": value for name, value in found.items()}, whole)
 
 
 def _say(what: str) -> None:
@@ -205,6 +214,7 @@ def main(argv: Sequence[str]) -> int:
     """The command."""
     config = tyro.cli(ScalingConfig, args=list(argv), prog="scaling.py")
     if config.model:
+        config.cluster.check()
         print("\n\n".join(f"{title}\n\n{table}" for title, table in cluster.tables(config.cluster).items()))
         return 0
     bench(config)

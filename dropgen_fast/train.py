@@ -171,7 +171,11 @@ class Trainer:
         return dataclasses.replace(config, model=model)
 
     def _crop_features(self) -> CropFeatures:
-        """The features of all training volumes; the first process fills the cache, the others read it."""
+        """The features of all training volumes; the first process fills the cache, the others read it.
+
+        Raises:
+            InputError: features that cannot be had, in all processes.
+        """
         assert self.model.extractor is not None, "the settings were checked"
         source = VolumeFeatures(self.model.extractor, patch=self.patch, device=self.device, dtype=self.model.fusion.dtype,
                                 cache=self.cache)
@@ -181,12 +185,18 @@ class Trainer:
 
         volumes = {case.id: (case.shape, functools.partial(load, case)) for case in self.store.cases("train")
                    if self.subjects is None or case.id in self.subjects}
-        if not self.ranks.first:
-            self.ranks.gather(None)
-        crops = CropFeatures(source, volumes, channels=len(self.store.channels), device=self.device)
+        def made() -> CropFeatures:
+            return CropFeatures(source, volumes, channels=len(self.store.channels), device=self.device)
+
+        crops, problem = None, ""
         if self.ranks.first:
-            self.ranks.gather(None)
-        return crops
+            try:
+                crops = made()
+            except InputError as error:
+                problem = str(error)
+        if problem := self.ranks.from_first(problem):
+            raise InputError(problem)
+        return crops if crops is not None else made()
 
     def _folder(self, config: TrainConfig) -> RunFolder | None:
         """The run's folder, for the one process that writes."""

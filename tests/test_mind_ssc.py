@@ -341,8 +341,10 @@ def test_a_backend_that_cannot(backend: str) -> None:
     wanted = f"'{backend}' cannot take this call: it computes in float32, and the image is float64"
     with pytest.raises(RuntimeError, match=wanted):
         mind_ssc(image.double(), backend=backend)
-    with pytest.raises(RuntimeError, match="it looks 64 voxels around, and radius is 1, dilation 65"):
+    with pytest.raises(RuntimeError, match="and dilation 64, and they are 1 and 65"):
         mind_ssc(image, dilation=65, backend=backend)
+    with pytest.raises(RuntimeError, match=f"it looks up to radius {3 if backend == 'triton' else 64} .* they are 65 and 1"):
+        mind_ssc(image, radius=65, backend=backend)
 
 
 def test_the_op_checks_what_reaches_it_past_the_public_function() -> None:
@@ -351,7 +353,7 @@ def test_the_op_checks_what_reaches_it_past_the_public_function() -> None:
 
 
 def test_the_bound_is_one() -> None:
-    """It sees an error of a few times what it allows: a distance that is off by one part in 10⁴."""
+    """It sees a distance that is off by one part in 10⁴, and is some sixty roundings at the median."""
     case = replace(Case(), size=(6, 4, 20))
     image = case.make().double()
     wanted, allowed = bound(image, case, "native")

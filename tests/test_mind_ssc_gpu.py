@@ -13,6 +13,7 @@ BIG = {
     "cube": Case(size=(96, 96, 96), n=2), "odd": Case(size=(67, 101, 131)),
     "bfloat16": Case(size=(64, 64, 128), dtype=torch.bfloat16),
     "many columns": Case(size=(128, 128, 256)), "radius 2": Case(size=(40, 50, 60), radius=2),
+    "radius 3": Case(size=(20, 33, 70), radius=3, dilation=5),
 }
 
 

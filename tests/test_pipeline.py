@@ -98,11 +98,11 @@ def test_no_augmentation_is_the_volume(store: Store) -> None:
 ])
 def test_where_a_crop_begins(store: Store, patch: tuple[int, int, int], align: tuple[int, int, int], foreground_fraction: float
                              ) -> None:
-    """`starts` tells it, and with the volume's padding it is a multiple of `align`; volumes are padded to one."""
+    """`starts` tells it; on the volume padded to a multiple of `align` it is each such multiple, equally often."""
     size = tuple(-(-max(n, m) // a) * a for n, m, a in zip(SHAPE, patch, align, strict=True))
     data = pipeline(store, AugmentationConfig.none(), patch=patch, align=align, foreground_fraction=foreground_fraction)
-    found = set()
-    for batch in itertools.islice(data, 8):
+    found = Counter[tuple[int, ...]]()
+    for batch in itertools.islice(data, 40):
         for i, (case_id, start) in enumerate(zip(batch.cases, batch.starts, strict=True)):
             (image, where), (label, _) = (pad(t[None], size) for t in stored(store, case_id))
             begin = tuple(s + w.start for s, w in zip(start, where, strict=True))
@@ -110,8 +110,14 @@ def test_where_a_crop_begins(store: Store, patch: tuple[int, int, int], align: t
             region = (0, slice(None), *(slice(b, b + n) for b, n in zip(begin, patch, strict=True)))
             np.testing.assert_array_equal(batch.label[i].numpy(), label[region].numpy())
             np.testing.assert_allclose(batch.image[i].numpy(), minmax(image[region].numpy()), rtol=0, atol=1e-6)
-            found.add(begin)
-    assert len(found) > 2
+            found[begin] += 1
+    for axis in range(3):
+        places = range(0, size[axis] - patch[axis] + 1, align[axis])
+        counts = [sum(count for begin, count in found.items() if begin[axis] == place) for place in places]
+        assert sum(counts) == 120
+        if foreground_fraction == 0:  # five standard deviations of a binomial about its mean
+            share = 1 / len(places)
+            assert counts == pytest.approx([120 * share] * len(places), abs=5 * (120 * share * (1 - share)) ** 0.5)
 
 
 @pytest.mark.parametrize("voxel", [(0, 0, 0), (17, 15, 10), (16, 1, 9), (9, 8, 5)])
@@ -128,9 +134,11 @@ def test_an_aligned_crop_holds_its_foreground(tmp_path: Path, voxel: tuple[int, 
     assert len(starts) > 1 or voxel != (9, 8, 5)  # the others lie in corners
 
 
-def test_an_alignment_that_does_not_divide_the_patch(store: Store) -> None:
+def test_an_alignment_that_cannot_be(store: Store) -> None:
     with pytest.raises(InputError, match=r"align must divide the patch \(8, 8, 8\), got \(1, 3, 1\)"):
         pipeline(store, patch=(8, 8, 8), align=(1, 3, 1))
+    with pytest.raises(InputError, match=r"align is for patches that are not turned; rotate90_probability is 0\.5"):
+        pipeline(store, only(rotate90_probability=0.5), patch=(8, 8, 8), align=(2, 2, 2))
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

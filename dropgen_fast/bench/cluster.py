@@ -8,6 +8,7 @@ tables of docs/scaling.md, ``python benchmarks/scaling.py`` measures what one ma
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from dropgen_fast.data.bricks import BRICK
+from dropgen_fast.errors import InputError
 from dropgen_fast.networks import UNet
 from dropgen_fast.presets import load_preset, preset_names
 
@@ -67,9 +69,11 @@ class Cluster:
             return self.nvlink_gb_s
         return min(self.nvlink_gb_s, self.links_per_node * self.link_gb_s)
 
-    def nodes(self, gpus: int) -> int:
-        """Nodes that so many GPUs take."""
-        return -(-gpus // self.gpus_per_node)
+    def check(self) -> None:
+        """Raise `InputError` for a number that is not above 0. Not raised on construction: tyro would make a box of it."""
+        for name, value in dataclasses.asdict(self).items():
+            if not all(number > 0 for number in (value if isinstance(value, tuple) else (value,))):
+                raise InputError(f"--cluster.{name.replace('_', '-')} must be above 0, got {value}")
 
 
 # ---- gradients: what there is, and when ---------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,7 @@ from dropgen_fast.bench import cluster
 from dropgen_fast.bench.measure import Meter, Run, Spread
 from dropgen_fast.bench.step import StepConfig, ready_batches, training_step
 from dropgen_fast.errors import InputError
-from dropgen_fast.networks import UNet, keyword_options
+from dropgen_fast.networks import UNet, keyword_options, one_line
 
 Axis = Literal["patch", "batch", "channels", "classes", "processes"]
 AXES: tuple[Axis, ...] = ("patch", "batch", "channels", "classes", "processes")
@@ -163,6 +164,15 @@ class Point:
     """Further values of the axis "processes": name → spread, unit."""
 
 
+def check(cases: Sequence[Case]) -> None:
+    """Build the network of each case without memory; raises `InputError` for one that cannot be, or cannot take its patch."""
+    for case in cases:
+        try:
+            case.base.layers()
+        except (InputError, TypeError, ValueError) as error:
+            raise InputError(f"{case.axis} {case.value}: {one_line(error)}") from error
+
+
 def sweep(axis: Axis, values: Sequence[int], base: Base, device: torch.device, rounds: int, limits: Limits,
           progress: Callable[[str], None]) -> list[Point]:
     """Measure an axis other than "processes"."""
@@ -183,7 +193,8 @@ def sweep(axis: Axis, values: Sequence[int], base: Base, device: torch.device, r
         timed = in_child(_timed, ([point.case for point in fitting], device, torch.get_num_threads(), rounds, limits),
                          START_S * len(fitting) + 5 * (rounds + 2) * ahead_s)
         if isinstance(timed, str):
-            raise InputError(f"the points of the axis {axis} fit each alone, not together ({timed}): leave out the largest")
+            return [dataclasses.replace(point, problem=point.problem or f"not timed: together with the others {timed}")
+                    for point in points]
         found = dict(zip([point.case.value for point in fitting], timed, strict=True))
         points = [dataclasses.replace(point, ms=found.get(point.case.value, ())) for point in points]
     return points
@@ -210,9 +221,7 @@ def _two_steps(case: Case, device: torch.device, threads: int, limits: Limits) -
     meter, config = Meter(device, rounds=1), case.base.step()
     batches, seconds = ready_batches(config, device), 0.0
     limit_memory(device, limits.memory_bytes)
-    if device.type == "cpu":  # what the libraries take at their first call is resident memory, and none of the step's
-        step_of(dataclasses.replace(case.base, patch=8, batch=1, network_options=("base_channels=1", "downsamplings=1")), device)(
-            0, 0, lambda: None)
+    warm_up(case.base, device)
 
     def steps() -> None:
         nonlocal seconds
@@ -238,14 +247,22 @@ def _timed(cases: Sequence[Case], device: torch.device, threads: int, rounds: in
     return [times.ms(name, 0, 1) for name in ways]
 
 
-def step_of(base: Base, device: torch.device, ranks: Any = None, before: Callable[[], None] = lambda: None) -> Run:
-    """A step as `Meter` runs it; `before` is called before the clock starts."""
+def warm_up(base: Base, device: torch.device) -> None:
+    """A step of next to nothing: what libraries take of a CPU's memory at their first call is none of a step's."""
+    if device.type == "cpu":
+        small = dataclasses.replace(base, patch=8, batch=1, network_options=("base_channels=1", "downsamplings=1"))
+        step_of(small, device)(0, 0, lambda: None)
+
+
+def step_of(base: Base, device: torch.device, batches: Sequence[tuple[Tensor, Tensor]] | None = None, ranks: Any = None,
+            before: Callable[[], None] = lambda: None) -> Run:
+    """A step as `Meter` runs it; `before` is called before the clock starts. Batches are made where none are given."""
     config = base.step()
-    batches, step = ready_batches(config, device), training_step(config, device, base.method, 1, ranks)
-    numbers = itertools.count()
+    ready = ready_batches(config, device) if batches is None else batches
+    step, numbers = training_step(config, device, base.method, 1, ranks), itertools.count()
 
     def run(number: int, place: int, mark: Callable[[], None]) -> None:
-        batch = batches[number % len(batches)]
+        batch = ready[number % len(ready)]
         before()
         mark()
         step([batch], next(numbers))
@@ -276,7 +293,7 @@ def in_child(function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s
         kind, result = receiving.recv()
     except EOFError:
         process.join()
-        return f"the process was ended (status {process.exitcode}), as for want of memory"
+        return _ended(process.exitcode)
     finally:
         process.kill()  # it has nothing left to do
         process.join()
@@ -286,6 +303,13 @@ def in_child(function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s
     if kind == "error":
         raise RuntimeError(result)
     return result
+
+
+def _ended(status: int | None) -> str:
+    """Why a process gave no result. The system kills for want of memory, libraries abort."""
+    if status in (-signal.SIGKILL, -signal.SIGABRT):
+        return f"the process was ended by {signal.Signals(-status).name}, as for want of memory"
+    return f"the process ended with status {status}"
 
 
 def _child(sending: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -303,8 +327,8 @@ def _child(sending: Connection, function: Callable[..., Any], arguments: tuple[A
 def limit_memory(device: torch.device, memory_bytes: int) -> None:
     """Let this process fail where it would take more than so much, instead of taking it from others."""
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_bytes / total), device)
+        total, held = torch.cuda.get_device_properties(device).total_memory, torch.cuda.memory_reserved(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (held + memory_bytes) / total), device)
         return
     status = Path("/proc/self/status").read_text()
     held = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData:"))
@@ -339,12 +363,15 @@ def _together(count: int, task: dict[str, Any], base: Base, limits: Limits) -> P
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
                    "-m", "dropgen_fast.bench.together", str(given), str(found)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(task["share"])}
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
-        except subprocess.TimeoutExpired:
-            return Point(case, problem=f"not done after {timeout_s:.0f} s")
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment) as done:
+            try:
+                _, told = done.communicate(timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                done.terminate()  # the launcher ends its workers, which a kill would leave behind
+                done.communicate()
+                return Point(case, problem=f"not done after {timeout_s:.0f} s")
         if done.returncode:
-            raise RuntimeError(f"{count} processes: {done.stderr[-2000:]}")
+            raise RuntimeError(f"{count} processes: {told[-2000:]}")
         return together_point(case, json.loads(found.read_text()), len(task["cores"]) < count * task["share"])
 
 
@@ -472,7 +499,9 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 def exponents(points: Sequence[Point]) -> dict[str, Spread]:
-    """Of time (over the rounds) and of memory (one number) of an axis, over its points that fit; none of fewer than two."""
+    """Of time (over the rounds) and of memory (one number) of an axis, over its points that were timed, and weighed; none of
+    fewer than two.
+    """
     made: dict[str, Spread] = {}
     timed = [point for point in points if point.ms and not point.problem]
     if len(timed) > 1:

@@ -33,6 +33,12 @@ class Result:
     """The case of the checks."""
 
 
+def together(parts: Sequence[Result]) -> Result:
+    """Parts of one run as one, at least one."""
+    return dataclasses.replace(parts[0], points={axis: points for part in parts for axis, points in part.points.items()},
+                               checks={name: value for part in parts for name, value in part.checks.items()})
+
+
 def rows(result: Result, facts: Mapping[str, Any]) -> list[Row]:
     """A row for each value; one whose point did not fit has no value and says why in `problem`."""
     made: list[Row] = []

@@ -21,7 +21,8 @@ import torch.distributed as dist
 
 from dropgen_fast.bench import cluster
 from dropgen_fast.bench.measure import Meter, Run
-from dropgen_fast.bench.scaling import Base, step_of
+from dropgen_fast.bench.scaling import Base, step_of, warm_up
+from dropgen_fast.bench.step import ready_batches
 from dropgen_fast.distributed import Ranks
 
 COUNTED = 3
@@ -43,14 +44,17 @@ def measure(task: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
             ranks.gather(0)
 
     ways: dict[str, Run] = {}
+    batches = ready_batches(base.step(), device)
+    warm_up(base, device)
 
     def steps() -> None:
-        ways["step"] = step_of(base, device, ranks, barrier)
-        for number in range(3):  # DistributedDataParallel orders its buckets after the first
+        ways["step"] = step_of(base, device, batches, ranks, barrier)
+        for number in range(2):
             ways["step"](number, 0, lambda: None)
 
     peak = meter.peak_bytes(steps)
-    ways["alone"] = step_of(base, device, None, barrier)
+    ways["step"](2, 0, lambda: None)  # DistributedDataParallel orders its buckets after the first
+    ways["alone"] = step_of(base, device, batches, None, barrier)
     if ranks.size > 1:
         ways |= _traffic(sizes, ranks, barrier)
     for name in ways:

@@ -91,9 +91,9 @@ def _coin(probability: float) -> Any:
 def _draw_start(rows: Any, size: Any, foreground_fraction: float, align: npt.NDArray[np.float32]) -> Any:
     """First voxel (3,) int32 of the region to read, inside the volume as `features.volume.pad` pads it to `size` at least.
 
-    Uniform over all positions or, with probability `foreground_fraction`, uniform over those that contain a stored foreground
-    voxel, as far as the volume's borders allow. `rows` is foreground.npy: the shape, then voxels. The volume is padded to a
-    multiple of `align` (3,) voxels, and the region begins at one: the next lower.
+    The volume is padded to a multiple of `align` (3,) voxels, and the region begins at one. Uniform over all such positions or,
+    with probability `foreground_fraction`, uniform over all that contain a stored foreground voxel, as far as the volume's
+    borders allow, and then rounded down to such a one. `rows` is foreground.npy: the shape, then voxels.
     """
     size = fn.cast(size, dtype=types.FLOAT)
     shape = fn.cast(rows[0], dtype=types.FLOAT)
@@ -101,7 +101,7 @@ def _draw_start(rows: Any, size: Any, foreground_fraction: float, align: npt.NDA
     padded = dmath.ceil(dmath.max(shape, size) / grid) * grid
     before = dmath.ceil((padded - shape) * 0.5)
     uniform = fn.random.uniform(range=(0.0, 1.0), shape=[3])
-    start = dmath.floor(uniform * (shape - size + 1.0))
+    start = dmath.floor(uniform * ((padded - size) / grid + 1.0)) * grid - before
     if foreground_fraction > 0:
         count = fn.cast(rows.shape(dtype=types.INT32)[0], dtype=types.FLOAT)
         chosen = _coin(foreground_fraction)

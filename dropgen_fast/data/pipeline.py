@@ -70,6 +70,9 @@ class TrainingPipeline(Iterator[Batch]):
         _check(patch, batch_size, foreground_fraction, num_threads, rank, world_size)
         if not all(n >= 1 and size % n == 0 for n, size in zip(align, patch, strict=True)):
             raise InputError(f"align must divide the patch {patch}, got {align}")
+        if tuple(align) != (1, 1, 1) and augmentation.turning:
+            raise InputError("align is for patches that are not turned; rotate90_probability is "
+                             f"{augmentation.rotate90_probability}")
         cases = _select(store, split, case_ids)
         self.cases_per_epoch = len(cases)
         self._device = device

@@ -45,26 +45,30 @@ class FeatureCache:
             compute: gives the features, or None where they cannot be had.
 
         Returns:
-            On the CPU from the folder, mapped and not read until they are used; where `compute` puts them else.
+            On the CPU from the folder, mapped and not read until they are used. Those that were just computed on the CPU are
+            so too, that they need not be held; others are where `compute` puts them.
         """
         path = self.folder / f"{_key(volume, about)}.pt"
         kept = _read(path)
         if kept is not None:
             return kept
         found = compute()
-        if found is not None:
-            self._keep(path, found)
-        return found
+        if found is None or not self._keep(path, found) or found.device.type != "cpu":
+            return found
+        kept = _read(path)
+        return kept if kept is not None else found
 
-    def _keep(self, path: Path, features: Tensor) -> None:
+    def _keep(self, path: Path, features: Tensor) -> bool:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
                 torch.save({"features": features.cpu()}, file)
+            return True
         except OSError as error:
             if not self._refused:
                 log.warning("features are not kept: %s: %s", error.filename or path, error.strerror or error)
             self._refused = True
+            return False
 
 
 def _key(volume: Tensor, about: Mapping[str, Any]) -> str:

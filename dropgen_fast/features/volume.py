@@ -100,7 +100,7 @@ class VolumeFeatures:
         try:
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
                 seen = F.pad(volume.to(self._device), [v for pair in reversed(padding) for v in pair], mode="replicate")
-                features: Tensor = self._extractor(seen)
+                features: Tensor = self._extractor.forward(seen)  # past the compiler: each volume has a size of its own
             inside = [slice(n // r) for n, r in zip(plan.size, plan.ratio, strict=True)]
             return features[(slice(None), slice(None), *inside)].to(volume.device)
         except torch.OutOfMemoryError:
@@ -110,7 +110,7 @@ class VolumeFeatures:
         """(Cf, d, h, w) of an image (Ci, D, H, W), without arithmetic; None where the extractor refuses it."""
         try:
             with FakeTensorMode(allow_non_fake_inputs=True):
-                return tuple(self._extractor(torch.empty((1, *shape), device=self._device)).shape[1:])
+                return tuple(self._extractor.forward(torch.empty((1, *shape), device=self._device)).shape[1:])
         except Exception:  # whatever a foreign module raises for a size that it cannot take
             return None
 

@@ -35,7 +35,7 @@ def refuses(image: Tensor, radius: int, dilation: int) -> str:
     if image.dtype not in library.TYPES:
         return f"it has no kernel for {image.dtype}"
     if max(radius, dilation) > FURTHEST:
-        return f"it looks {FURTHEST} voxels around, and radius is {radius}, dilation {dilation}"
+        return f"it looks up to radius {FURTHEST} and dilation {FURTHEST}, and they are {radius} and {dilation}"
     return ""
 
 

@@ -3,7 +3,7 @@
 Shapes: N batch, D H W voxels. The image (N, 1, D, H, W) and the result (N, 12, D, H, W) are contiguous.
 
 Two launches, both over the image: the first takes the mean of the variance over the volume, by which the second holds it. The
-second computes the distances again: to write and read them would move 8 times the bytes of the result's one store.
+second computes the distances again: to write and read them would move two to four times the bytes of the result's one store.
 
 A program walks down the planes of a column of 4 × 64 voxels, a voxel a thread. Of each plane it adds the squared differences of
 all pairs over the box along y and x, 6 loads and 12 differences for each of its voxels, and keeps what the next two planes need
@@ -36,7 +36,8 @@ WARPS = 8
 PARTS = 512  # partial sums of a sample
 MOST_VOXELS = 2**31 - 2**17  # of a sample, whose offsets have 32 bits
 MOST_SAMPLES = 2**15  # the second axis of a grid holds twice as many
-FURTHEST = 64  # voxels of the radius and the dilation
+WIDEST = 3  # voxels of the radius: the loop over a row of the box is unrolled
+FURTHEST = 64  # voxels of the dilation
 
 
 def refuses(image: Tensor, radius: int, dilation: int) -> str:
@@ -47,8 +48,8 @@ def refuses(image: Tensor, radius: int, dilation: int) -> str:
         return f"it runs on a GPU (or with TRITON_INTERPRET=1), and the image is on {image.device}"
     if image.dtype == torch.float64:
         return "it computes in float32, and the image is float64"
-    if max(radius, dilation) > FURTHEST:
-        return f"it looks {FURTHEST} voxels around, and radius is {radius}, dilation {dilation}"
+    if radius > WIDEST or dilation > FURTHEST:
+        return f"it looks up to radius {WIDEST} and dilation {FURTHEST}, and they are {radius} and {dilation}"
     if image.shape[0] > MOST_SAMPLES:
         return f"it takes {MOST_SAMPLES} samples, and the image has {image.shape[0]}"
     if math.prod(image.shape[2:]) > MOST_VOXELS:
