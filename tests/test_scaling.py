@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -296,3 +297,17 @@ def test_the_page_s_arithmetic() -> None:
             f"{250_000 / n:.0f} steps",
             f"the last bucket, {last} MB"):
         assert text in page, text
+
+
+def test_the_page_s_measurements_are_rows() -> None:
+    """Every number of the tables of what was measured stands in the rows that the page names."""
+    page = PAGE.read_text()
+    file = ROOT / "benchmarks" / "results" / re.findall(r"\(\.\./benchmarks/results/([\w.-]+\.jsonl)\)", page)[0]
+    rows: dict[str, list[dict[str, object]]] = {}
+    for row in map(json.loads, file.read_text().splitlines()):
+        rows.setdefault(row["name"], []).append(row)
+    told = re.findall(r"^\| `(scaling\.[\w.]+)` \| ([^|]+) \| ([^|]+) \|", page, re.MULTILINE)
+    assert len(told) > 10
+    for name, value, spread in told:
+        numbers = [[f"{row[key]:.3g}" for key in ("value", "low", "high")] for row in rows[name] if row["value"] is not None]
+        assert [value.strip(), *spread.strip().split(" – ")] in numbers, name
