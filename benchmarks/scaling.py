@@ -3,7 +3,7 @@
     python benchmarks/scaling.py --json benchmarks/results/<device>.jsonl --picture docs/scaling_<device>.png
     python benchmarks/scaling.py --model
 
-The first measures on this machine (`dropgen_fast/bench/scaling.py` says how); parts can be measured one by one (``--parts``), and
+The first measures on this machine (`dropgen_fast/bench/scaling/` says how); parts can be measured one by one (``--parts``), and
 the picture is drawn from all rows of the file. Parts:
 
   patch, batch, channels, classes, processes   axes, each swept around the base case
@@ -16,6 +16,7 @@ The second prints the tables of docs/scaling.md, from counted bytes and the assu
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -28,8 +29,10 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from dropgen_fast.bench import cluster, machine, report, scaling, scaling_report
-from dropgen_fast.bench.scaling import Base, Limits
+from dropgen_fast.bench import machine
+from dropgen_fast.bench.report import Row
+from dropgen_fast.bench.scaling import cases, cluster, parts, report, sweep
+from dropgen_fast.bench.scaling.cases import AXES, Base, Limits
 from dropgen_fast.bench.step import PATCHES, PRECISIONS
 from dropgen_fast.cli import run
 from dropgen_fast.device import choose_device, free_bytes
@@ -37,7 +40,7 @@ from dropgen_fast.errors import InputError
 from dropgen_fast.files import write_atomically
 
 Part = Literal["patch", "batch", "channels", "classes", "processes", "gradients", "checkpoint"]
-PARTS: tuple[Part, ...] = (*scaling.AXES, "gradients", "checkpoint")
+PARTS: tuple[Part, ...] = (*AXES, "gradients", "checkpoint")
 SMALL_NETWORK = ("base_channels=4", "downsamplings=3")
 BASE_BATCH = {"cpu": 2, "cuda": 4}
 """On a CPU torch leaves convolutions of a single small sample to a slow loop, which would be all one saw of a small network."""
@@ -145,7 +148,7 @@ def base_of(config: ScalingConfig, device: torch.device) -> Base:
         precision=config.precision or PRECISIONS[device.type], compile=not on_cpu if config.compile is None else config.compile)
 
 
-def bench(config: ScalingConfig) -> scaling_report.Result:
+def bench(config: ScalingConfig) -> report.Result:
     """Measure, print, write.
 
     Raises:
@@ -159,51 +162,50 @@ def bench(config: ScalingConfig) -> scaling_report.Result:
         torch.set_num_threads(config.threads)
     try:
         facts = {**machine.describe(device), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-        parts: list[scaling_report.Result] = []
-        rows: list[report.Row] = []
+        results: list[report.Result] = []
+        rows: list[Row] = []
         for part in _measured(config, device):
-            parts.append(part)
-            made = scaling_report.rows(part, facts)
+            results.append(part)
+            made = report.rows(part, facts)
             rows += made
             if config.json is not None:  # part by part: a later one may fail, and each takes minutes
                 with config.json.open("a") as file:
                     file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in made)
     finally:
         torch.set_num_threads(threads)
-    result = scaling_report.together(parts)
-    print(scaling_report.screen(result, facts))
+    result = report.together(results)
+    print(report.screen(result, facts))
     if config.json is not None:
         print(f"{len(rows)} rows appended to {config.json}")
         rows = [json.loads(line) for line in config.json.read_text().splitlines()]
     if config.picture is not None:
-        write_atomically(config.picture, scaling_report.picture(rows))
+        write_atomically(config.picture, report.picture(rows))
         print(f"picture: {config.picture}")
     print(f"{time.perf_counter() - begun:.0f} s")
     return result
 
 
-def _measured(config: ScalingConfig, device: torch.device) -> Iterator[scaling_report.Result]:
+def _measured(config: ScalingConfig, device: torch.device) -> Iterator[report.Result]:
     """Part after part."""
     base = base_of(config, device)
     rounds = config.rounds or ROUNDS
     memory_bytes = (config.memory_gib * 2**30 if config.memory_gib is not None else MEMORY_SHARE * free_bytes(device))
     limits = Limits(int(memory_bytes), config.step_s or STEP_S[device.type])
-    axes = [axis for axis in scaling.AXES if axis in config.parts]
+    axes = [axis for axis in AXES if axis in config.parts]
     whole = base if config.quick else dataclasses.replace(base, patch=64, network_options=())
-    scaling.check([base.at("patch", base.patch), *(base.at(axis, value) for axis in axes for value in getattr(config, axis))])
+    cases.check([base.at("patch", base.patch), *(base.at(axis, value) for axis in axes for value in getattr(config, axis))])
     for axis in axes:
-        sweep = scaling.sweep_processes if axis == "processes" else scaling.sweep
-        arguments = (axis,) if axis != "processes" else ()
-        points = sweep(*arguments, getattr(config, axis), base, device, rounds, limits, _say)
-        yield scaling_report.Result(base, {axis: points}, {}, whole)
+        measure = sweep.sweep_processes if axis == "processes" else functools.partial(sweep.sweep, axis)
+        points = measure(getattr(config, axis), base, device, rounds, limits, _say)
+        yield report.Result(base, {axis: points}, {}, whole)
     if "gradients" in config.parts:
         _say("gradients")
-        found = scaling.ready_shares(whole, device, rounds)
-        yield scaling_report.Result(base, {}, {f"gradients.{name}": value for name, value in found.items()}, whole)
+        found = parts.ready_shares(whole, device, rounds)
+        yield report.Result(base, {}, {f"gradients.{name}": value for name, value in found.items()}, whole)
     if "checkpoint" in config.parts:
         _say("checkpoint")
-        found = scaling.checkpoint_values(whole, config.scratch, rounds)
-        yield scaling_report.Result(base, {}, {f"checkpoint.{name}": value for name, value in found.items()}, whole)
+        found = parts.checkpoint_values(whole, config.scratch, rounds)
+        yield report.Result(base, {}, {f"checkpoint.{name}": value for name, value in found.items()}, whole)
 
 
 def _say(what: str) -> None:

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from monai.data.utils import dense_patch_slices
 
 from dropgen_fast import checkpoint
-from dropgen_fast.bench import cluster, scaling, scaling_report
-from dropgen_fast.bench.cluster import Cluster, Layer
 from dropgen_fast.bench.measure import Spread
-from dropgen_fast.bench.scaling import Base, Limits, Point
+from dropgen_fast.bench.scaling import cluster, growth, parts, report, sweep
+from dropgen_fast.bench.scaling.cases import AXES, Base, Limits, Point
+from dropgen_fast.bench.scaling.child import in_child
+from dropgen_fast.bench.scaling.cluster import Cluster, Layer
 from dropgen_fast.cli import run as run_cli
 from dropgen_fast.data.bricks import BRICK
 from dropgen_fast.features import load_extractor
@@ -68,21 +69,21 @@ def test_a_run_measures_every_part(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_what_does_not_fit_is_told_and_the_rest_is_timed() -> None:
     """A patch whose first layer alone is larger than what is allowed."""
-    limits = Limits(memory_bytes=400 << 20, step_s=60.0)
-    points = scaling.sweep("patch", (16, 192), TINY, CPU, 1, limits, lambda text: None)
+    limits = Limits(memory_bytes=400 << 20, step_s=3600.0)  # on a busy machine, too, the large patch is to be tried
+    points = sweep.sweep("patch", (16, 192), TINY, CPU, 1, limits, lambda text: None)
     assert [point.problem for point in points] == ["", "does not fit the memory"]
     assert len(points[0].ms) == 1
     assert points[1].ms == ()
-    result = scaling_report.Result(TINY, {"patch": points})
-    row = next(row for row in scaling_report.rows(result, {}) if row["name"] == "scaling.patch.192.ms")
+    result = report.Result(TINY, {"patch": points})
+    row = next(row for row in report.rows(result, {}) if row["name"] == "scaling.patch.192.ms")
     assert (row["value"], row["problem"]) == (None, "does not fit the memory")
-    assert "does not fit the memory" in scaling_report.screen(result, {"device": "d", "threads": 1, "torch": "t"})
-    assert scaling_report.picture(scaling_report.rows(result, {})).startswith(b"\x89PNG")
+    assert "does not fit the memory" in report.screen(result, {"device": "d", "threads": 1, "torch": "t"})
+    assert report.picture(report.rows(result, {})).startswith(b"\x89PNG")
 
 
 def test_a_step_over_the_time_is_told_and_a_longer_one_is_not_tried() -> None:
     limits = dataclasses.replace(ROOMY, step_s=1e-6)
-    one, two = scaling.sweep("batch", (1, 2), TINY, CPU, 1, limits, lambda text: None)
+    one, two = sweep.sweep("batch", (1, 2), TINY, CPU, 1, limits, lambda text: None)
     assert one.problem.startswith("a step takes")
     assert one.peak_bytes is not None
     assert two.problem.startswith("not tried: by the point before")
@@ -90,15 +91,15 @@ def test_a_step_over_the_time_is_told_and_a_longer_one_is_not_tried() -> None:
 
 
 def test_a_process_that_dies_or_dawdles_is_a_reason() -> None:
-    assert scaling.in_child(math.sqrt, (9.0,), 60) == 3.0
-    assert scaling.in_child(os._exit, (3,), 60) == "the process ended with status 3"
-    killed = scaling.in_child(signal.raise_signal, (signal.SIGKILL,), 60)
+    assert in_child(math.sqrt, (9.0,), 60) == 3.0
+    assert in_child(os._exit, (3,), 60) == "the process ended with status 3"
+    killed = in_child(signal.raise_signal, (signal.SIGKILL,), 60)
     assert killed == "the process was ended by SIGKILL, as for want of memory"
     begun = time.monotonic()
-    assert scaling.in_child(time.sleep, (60,), 0.2) == "not done after 0 s"
+    assert in_child(time.sleep, (60,), 0.2) == "not done after 0 s"
     assert time.monotonic() - begun < 50
     with pytest.raises(RuntimeError, match="ValueError"):
-        scaling.in_child(math.sqrt, (-1.0,), 60)
+        in_child(math.sqrt, (-1.0,), 60)
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -124,8 +125,8 @@ def test_parts_that_were_measured_are_kept_where_a_later_one_fails(tmp_path: Pat
     def fails(*arguments: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(scaling, "checkpoint_values", fails)
-    monkeypatch.setattr(scaling, "ready_shares", lambda *arguments: {"ready_25": (Spread(0.5, 0.5, 0.5), "share of the step")})
+    monkeypatch.setattr(parts, "checkpoint_values", fails)
+    monkeypatch.setattr(parts, "ready_shares", lambda *arguments: {"ready_25": (Spread(0.5, 0.5, 0.5), "share of the step")})
     file = tmp_path / "rows.jsonl"
     with pytest.raises(OSError, match="no space left"):
         command.main(["--quick", "--device", "cpu", "--parts", "gradients", "checkpoint", "--json", str(file)])
@@ -133,17 +134,17 @@ def test_parts_that_were_measured_are_kept_where_a_later_one_fails(tmp_path: Pat
 
 
 def test_points_that_do_not_fit_together_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "in_child", lambda function, *rest: (
-        "does not fit the memory" if function is scaling._timed else (1 << 20, 0.1)))
-    points = scaling.sweep("batch", (1, 2), TINY, CPU, 1, ROOMY, lambda text: None)
+    monkeypatch.setattr(sweep, "in_child", lambda function, *rest: (
+        "does not fit the memory" if function is sweep._timed else (1 << 20, 0.1)))
+    points = sweep.sweep("batch", (1, 2), TINY, CPU, 1, ROOMY, lambda text: None)
     assert [point.problem for point in points] == ["not timed: together with the others does not fit the memory"] * 2
-    assert scaling_report.rows(scaling_report.Result(TINY, {"batch": points}), {})[0]["problem"] == points[0].problem
+    assert report.rows(report.Result(TINY, {"batch": points}), {})[0]["problem"] == points[0].problem
 
 
 @pytest.mark.parametrize("channels", [0, 3])
 def test_a_step_of_so_many_channels(channels: int) -> None:
     marks: list[None] = []
-    step = scaling.step_of(dataclasses.replace(TINY, channels=channels), CPU)
+    step = sweep.step_of(dataclasses.replace(TINY, channels=channels), CPU)
     step(0, 0, lambda: marks.append(None))
     assert len(marks) == 2
     with torch.device("meta"):
@@ -154,7 +155,7 @@ def test_a_step_of_so_many_channels(channels: int) -> None:
 def test_axes_change_one_thing() -> None:
     assert TINY.at("patch", 32).base == dataclasses.replace(TINY, patch=32)
     assert TINY.at("processes", 4).base == TINY
-    assert [TINY.at(axis, 4).size for axis in scaling.AXES] == [64, 4, 5, 4, 4]
+    assert [TINY.at(axis, 4).size for axis in AXES] == [64, 4, 5, 4, 4]
     assert [dataclasses.replace(TINY, channels=n).method for n in (0, 5)] == ["erm", "dropgen"]
     extractor = load_extractor(TINY.step().extractor)
     assert extractor.channels == 2
@@ -168,23 +169,23 @@ def point(value: int, *ms: float, peak: int | None = None, problem: str = "") ->
 def test_exponents_are_taken_within_rounds() -> None:
     """The second round is ten times as slow for all; a point that does not fit counts for nothing."""
     points = [point(1, 1.0, 10.0, peak=4), point(2, 2.0, 20.0, peak=4), point(4, 4.0, 40.0), point(8, problem="no")]
-    slopes = scaling.exponents(points)
+    slopes = growth.exponents(points)
     assert (slopes["ms"].low, slopes["ms"].high) == pytest.approx((1, 1))
     assert slopes["gib"].median == pytest.approx(0)
-    assert scaling.exponents(points[:1]) == {}
-    ratios = scaling.over_model(points, TINY)
+    assert growth.exponents(points[:1]) == {}
+    ratios = growth.over_model(points, TINY)
     assert {value: spread.median for value, spread in ratios.items()} == pytest.approx({1: 1, 2: 1, 4: 1})
-    assert scaling.over_model(points[1:], TINY) == {}  # the base was not measured
+    assert growth.over_model(points[1:], TINY) == {}  # the base was not measured
 
 
 def test_what_processes_measure_is_held_against_the_model() -> None:
     found = {"step_ms": [30.0, 30.0], "alone_ms": [20.0, 20.0], "all_reduce_ms": [5.0, 5.0], "exchange_gb_s": [2.0, 2.0],
              "bytes": 8_000_000, "sent_bytes": [12_600_000.0], "peak_bytes": 7}
-    more = scaling.together_point(TINY.at("processes", 4), found, shared_cores=False).more
+    more = sweep.together_point(TINY.at("processes", 4), found, shared_cores=False).more
     assert {name: spread.median for name, (spread, _) in more.items()} == pytest.approx({
         "ms_alone": 20, "all_reduce_share": 1 / 3, "exchange_gb_s": 2, "all_reduce_ms": 5,
         "all_reduce_over_model": 5 / 6, "waited_over_all_reduce": 2, "bytes_over_model": 1.05})  # 12 MB at 2 GB/s are 6 ms
-    assert "shared_cores" in scaling.together_point(TINY.at("processes", 4), found, shared_cores=True).more
+    assert "shared_cores" in sweep.together_point(TINY.at("processes", 4), found, shared_cores=True).more
 
 
 # ---- the model --------------------------------------------------------------------------------------------------------

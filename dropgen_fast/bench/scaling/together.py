@@ -1,4 +1,4 @@
-"""``torchrun -m dropgen_fast.bench.together task.json found.json``: a step of processes that train together, and its all-reduce.
+"""``torchrun -m dropgen_fast.bench.scaling.together task.json found.json``: a step of several processes.
 
 Each process has its own share of the cores. A round runs, one after the other and all processes at once: the step with its
 gradients averaged; the same step of each process alone; the all-reduce alone, of as many bytes as the network has gradients, in
@@ -19,9 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dropgen_fast.bench import cluster
 from dropgen_fast.bench.measure import Meter, Run
-from dropgen_fast.bench.scaling import Base, step_of, warm_up
+from dropgen_fast.bench.scaling import cluster
+from dropgen_fast.bench.scaling.cases import Base
+from dropgen_fast.bench.scaling.sweep import step_of, warm_up
 from dropgen_fast.bench.step import ready_batches
 from dropgen_fast.distributed import Ranks
 

@@ -14,7 +14,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 
 from dropgen_fast.bench.measure import Spread
 from dropgen_fast.bench.report import COLOURS, FAINT, INK, Row, make_row
-from dropgen_fast.bench.scaling import AXES, Axis, Base, Point, exponents, over_model
+from dropgen_fast.bench.scaling.cases import AXES, Axis, Base, Point
+from dropgen_fast.bench.scaling.growth import exponents, over_model
 
 TITLES: dict[Axis, str] = {"patch": "patch, edge in voxels", "batch": "patches a batch", "channels": "feature channels",
                            "classes": "classes", "processes": "processes"}
