@@ -73,6 +73,7 @@ class StepResult:
     """Of each way that is ours, by name: milliseconds of each of `step.PARTS`."""
     ratios: Mapping[str, Spread]
     peak_bytes: Mapping[str, int | None]
+    """On a GPU."""
     rounds: int
 
 
@@ -106,7 +107,9 @@ def run(config: StepConfig, meter: Meter, seconds: float, progress: Callable[[st
             progress(f"warming up {name}")
             for number in range(2):
                 way(number, 0, lambda: None)
-            peaks[name] = meter.peak_bytes(lambda way=way: way(2, 0, lambda: None))  # type: ignore[misc]
+            # On a CPU memory that one way has freed stays with the process, and the next would seem to take none.
+            on_gpu = meter.device.type == "cuda"
+            peaks[name] = meter.peak_bytes(lambda way=way: way(2, 0, lambda: None)) if on_gpu else None  # type: ignore[misc]
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise InputError(f"a step of {config.batch} patches of {config.patch} does not fit the memory of {meter.device}; "
                          "take a smaller --step.patch or --step.batch") from error
