@@ -16,7 +16,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.inferers import sliding_window_inference
 from torch import Tensor
 
 from dropgen_fast.data.prepare import minmax
@@ -130,6 +129,8 @@ def _blend(
     Windows are computed on `device` and added up where the volume is. Where that is another device, a slab of windows is added
     up before it is moved.
     """
+    from monai.inferers import sliding_window_inference  # not at the top: it takes as long as all else that a command imports
+
     apart = volume.device != device
     result = sliding_window_inference(volume, patch, windows_per_batch, predict, overlap=overlap, mode="gaussian",
                                       sw_device=device, device=volume.device, with_coord=True,

@@ -99,6 +99,8 @@ def test_image_types(backend: str, image_dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
 @pytest.mark.parametrize("channel_multiple", [1, 8])
 def test_layouts(backend: str, memory_format: torch.memory_format, channel_multiple: int) -> None:
+    if backend == "triton" and channel_multiple == 8 and memory_format == torch.contiguous_format:
+        pytest.skip("long in Triton's interpreter; test_triton_seventeen_channels_rounded_up rounds up")
     image, features = streams((2, 2, 6, 7, 9))
     keep = half_of(2, 7)
     wanted = definition(image, features, keep, channel_multiple=channel_multiple)
@@ -275,10 +277,20 @@ def test_unit_norm_gradient_of_a_zero_vector(backend: str) -> None:
 # ---- hypothesis: any shape, ratio, layout, mode ----------------------------------------------------------------------
 
 
-@settings(max_examples=24, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
-@pytest.mark.parametrize("name", ["native", "triton"])
-def test_any_call(name: str, data: st.DataObject) -> None:
+def test_any_call_native(data: st.DataObject) -> None:
+    any_call("native", data)
+
+
+@settings(max_examples=14, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_call_triton(data: st.DataObject) -> None:
+    any_call("triton", data)
+
+
+def any_call(name: str, data: st.DataObject) -> None:
+    """A call that is drawn, against the definition."""
     size = data.draw(st.tuples(*[st.integers(1, 9)] * 3), "size")
     grid = tuple(data.draw(st.integers(1, n), "grid") for n in size)
     n, ci, cf = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 4)), "channels")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,9 +167,10 @@ def test_vmap(name: str, in_dims: tuple[int | None, int | None]) -> None:
     torch.testing.assert_close(result, wanted, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["native", "triton"])
-@pytest.mark.parametrize("feature_norm", ["instance", "standard", "unit"])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("batch", "feature_norm", "name"), [
+    *itertools.product((1, 2), ("instance", "standard", "unit"), ("native",)),
+    (1, "instance", "triton"), (2, "unit", "triton"),  # the mapping is the op's, for all backends
+])
 def test_vmap_of_gradients(batch: int, feature_norm: str, name: str) -> None:
     """Statistics are not mapped while gradients are: they are repeated, and of one sample that is a stride of zero."""
     image, features = streams((batch, 1, 4, 6, 6), (2, 3, 3), 3)

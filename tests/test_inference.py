@@ -6,6 +6,7 @@ import itertools
 import logging
 from typing import Any
 
+import monai.inferers
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -293,13 +294,13 @@ def test_slabs_of_windows_are_added_up(features: Any, overlap: float, monkeypatc
     model, image = dropgen(extractor_stride=2), volume(26, 11, 14)
     settings = {"overlap": overlap, "features": features, "windows_per_batch": 3, "mirror": (1,)}
     wanted = class_probabilities(model, image, (8, 8, 8), **settings)
-    slide, used = inference.sliding_window_inference, list[Any]()
+    slide, used = monai.inferers.sliding_window_inference, list[Any]()
 
     def in_slabs(*args: Any, **options: Any) -> Any:
         used.append(options["buffer_steps"])
         return slide(*args, **options | {"buffer_steps": 1})
 
-    monkeypatch.setattr(inference, "sliding_window_inference", in_slabs)
+    monkeypatch.setattr(monai.inferers, "sliding_window_inference", in_slabs)
     torch.testing.assert_close(class_probabilities(model, image, (8, 8, 8), **settings), wanted, **ROUNDING)
     assert set(used) == {None}  # on a CPU there is nothing to offload
 

@@ -131,10 +131,12 @@ def test_weights_and_biases_gets_the_numbers(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("WANDB_SILENT", "true")
     recorded(tmp_path / "run", 3, wandb="hearts").close()
     written, = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
+    records, deadline = list[Any](), time.monotonic() + 60
+    while not any(record.HasField("exit") for record in records) and time.monotonic() < deadline:
+        time.sleep(0.1)  # its own process writes the file
+        records = [wandb_internal_pb2.Record.FromString(data) for data in leveldb_records(written.read_bytes())]
     losses, config, project = {}, {}, ""
-    for data in leveldb_records(written.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in records:
         items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         if "loss" in items:
             losses[record.history.step.num] = items["loss"]

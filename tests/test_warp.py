@@ -196,8 +196,15 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
     assert sum(int(differ) for _, differ in rows) <= 12 * 27000 * 6 * COORDINATE, rows  # what a tie may turn
 
 
+def skip_long_interpreted(axis: int, backend: str) -> None:
+    """Of a volume that is long along other axes than the last, Triton's interpreter takes many more boxes."""
+    if backend == "triton" and axis != 2:
+        pytest.skip("long in Triton's interpreter, by the same arithmetic for each axis")
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_coordinates_do_not_lose_digits_along_a_long_axis(axis: int, backend: str) -> None:
+    skip_long_interpreted(axis, backend)
     """Voxels alternate between 0 and 1 along one axis, so that the result is the coordinate, but for reflections."""
     size = [4, 4, 4]
     size[axis] = 600
@@ -214,6 +221,7 @@ def test_coordinates_do_not_lose_digits_along_a_long_axis(axis: int, backend: st
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_a_fine_grid_does_not_lose_digits_along_a_long_axis(axis: int, backend: str) -> None:
     """One control point fewer than voxels: an index of the grid in float32 would be off by length · 2⁻²⁴ · a few."""
+    skip_long_interpreted(axis, backend)
     g = torch.Generator().manual_seed(axis)
     length = (300, 400, 600)[axis]  # shorter where the interpreter takes more boxes for it
     size, grid = [4, 4, 4], [2, 2, 2]

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from monai.metrics.utils import get_code_to_measure_table
 from scipy.spatial import cKDTree
 
 from dropgen_fast.data.geometry import Triple
@@ -133,5 +132,7 @@ def _mm(indices: npt.NDArray[Any], spacing_mm: Triple) -> Points:
 @functools.lru_cache(maxsize=64)
 def _area_mm2_of_code(spacing_mm: Triple) -> npt.NDArray[np.float64]:
     """Area of the surface in a cell, by its code: the sum of 2^(7 - i) over the corners i that are inside, (256,)."""
+    from monai.metrics.utils import get_code_to_measure_table  # not at the top: it takes longer than all other imports together
+
     table: npt.NDArray[np.float64] = get_code_to_measure_table(spacing_mm)[0].double().numpy()
     return table
