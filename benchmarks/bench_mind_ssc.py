@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from dropgen_fast.bench.extractor import definition
-from dropgen_fast.bench.measure import Meter, Run, Spread
+from dropgen_fast.bench.extractor import timed, ways
+from dropgen_fast.bench.measure import Meter, Spread
 from dropgen_fast.cli import run
 from dropgen_fast.errors import InputError
 from dropgen_fast.kernels.mind_ssc import CHANNELS, mind_ssc
@@ -55,18 +55,12 @@ class Case:
 CASES = (Case(1, 128), Case(2, 96), Case(1, 64))
 
 
-def ways() -> dict[str, Callable[[Tensor], Tensor]]:
-    """Each way by name."""
-    plain = definition("mind")
-    return {"ours": mind_ssc, "eager": plain, "compile": torch.compile(plain, dynamic=False)}
-
-
 @pytest.mark.parametrize("way", ["ours", "eager", "compile"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def bench_mind_ssc(benchmark: Any, case: Case, way: str) -> None:
     """One case in one way."""
     torch.compiler.reset()
-    image, call = case.make(), ways()[way]
+    image, call = case.make(), ways("mind", DEVICE)[way]
 
     def once() -> None:
         call(image)
@@ -75,15 +69,6 @@ def bench_mind_ssc(benchmark: Any, case: Case, way: str) -> None:
 
     benchmark.group = case.name
     benchmark.pedantic(once, rounds=10, warmup_rounds=2)
-
-
-def timed(call: Callable[[Tensor], Tensor], image: Tensor) -> Run:
-    """A run of the meter."""
-    def once(number: int, place: int, mark: Callable[[], None]) -> None:
-        mark()
-        call(image)
-        mark()
-    return once
 
 
 @dataclass(frozen=True)
@@ -106,11 +91,11 @@ def main(argv: Sequence[str]) -> int:
     for case in cases:
         torch.compiler.reset()
         image = case.make()
-        calls = ways()
+        calls = ways("mind", DEVICE)
         for call in calls.values():
             torch.testing.assert_close(call(image), mind_ssc(image), rtol=1e-4, atol=1e-5)
             call(image)
-        times = meter.interleave({name: timed(call, image) for name, call in calls.items()}, config.seconds)
+        times = meter.interleave({name: timed(call, [image], half=False) for name, call in calls.items()}, config.seconds)
         ms = {name: times.ms(name, 0, 1) for name in calls}
         words = [f"{name} {show(Spread.of(b / a for a, b in zip(ms['ours'], ms[name], strict=True)))} x"
                  for name in calls if name != "ours"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from dropgen_fast.data.prepare import minmax
 from dropgen_fast.device import free_bytes
 from dropgen_fast.features.cache import FeatureCache
-from dropgen_fast.features.volume import FeaturePlan, Shape, VolumeFeatures, at_least, pad
+from dropgen_fast.features.volume import FeaturePlan, Shape, VolumeFeatures, at_least, coarse, pad
 from dropgen_fast.model import DropGen
 
 FeatureSource = Literal["window", "volume"]
@@ -31,6 +31,7 @@ Offload = Literal["auto", "always", "never"]
 
 SHARE_OF_FREE = 0.5
 """Of the free memory of a GPU, what one volume may take: the windows' way through the network needs the rest."""
+
 log = logging.getLogger(__name__)
 _classes_of: WeakKeyDictionary[DropGen, int] = WeakKeyDictionary()
 
@@ -67,7 +68,7 @@ def class_probabilities(
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     device = next(model.parameters()).device
-    volume = torch.from_numpy(np.ascontiguousarray(minmax(image).transpose(3, 0, 1, 2)))[None]
+    volume = rescaled(image)
     slide = functools.partial(_slide, model, patch=patch, overlap=overlap, mirror=mirror, features=features, cache=cache)
     training = model.training
     model.eval()
@@ -86,6 +87,11 @@ def class_probabilities(
         return slide(volume, windows_per_batch=1)
     finally:
         model.train(training)
+
+
+def rescaled(image: npt.NDArray[np.float32]) -> Tensor:
+    """A prepared volume (D, H, W, C) as models take it, whole: (1, C, D, H, W) in [0, 1], on the CPU."""
+    return torch.from_numpy(np.ascontiguousarray(minmax(image).transpose(3, 0, 1, 2)))[None]
 
 
 def _slide(
@@ -149,8 +155,7 @@ def _predict(
     """
     features = None
     if maps is not None:
-        coarse = [[slice(s.start // r, s.stop // r) for s, r in zip(place[2:], ratio, strict=True)] for place in places]
-        features = torch.cat([maps[(slice(None), slice(None), *where)] for where in coarse]).to(windows.device)
+        features = torch.cat([maps[(slice(None), slice(None), *coarse(place[2:], ratio))] for place in places]).to(windows.device)
     total = None
     for axes in flips:
         share = _flip(model(_flip(windows, axes), features=features).float().softmax(1), axes)

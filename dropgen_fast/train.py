@@ -25,14 +25,13 @@ from dropgen_fast.cli import run
 from dropgen_fast.config import FREE, TrainConfig, choose_subjects, completed, plain
 from dropgen_fast.data.augmentation import sided_classes
 from dropgen_fast.data.pipeline import Batch, TrainingPipeline
-from dropgen_fast.data.prepare import minmax
 from dropgen_fast.data.store import Store, StoredCase, slow_disk
 from dropgen_fast.distributed import Agreement, Ranks, restarted
 from dropgen_fast.errors import InputError
 from dropgen_fast.features.cache import FeatureCache
 from dropgen_fast.features.volume import CropFeatures, VolumeFeatures
 from dropgen_fast.files import write_atomically
-from dropgen_fast.inference import class_probabilities, dice_per_class
+from dropgen_fast.inference import class_probabilities, dice_per_class, rescaled
 from dropgen_fast.losses import build_loss
 from dropgen_fast.model import build_model, check_extractor, extractor_identity
 from dropgen_fast.record.folder import RunFolder
@@ -181,10 +180,11 @@ class Trainer:
                                 cache=self.cache)
 
         def load(case: StoredCase) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(minmax(self.store.load(case)[0]).transpose(3, 0, 1, 2)))
+            return rescaled(self.store.load(case)[0])
 
         volumes = {case.id: (case.shape, functools.partial(load, case)) for case in self.store.cases("train")
                    if self.subjects is None or case.id in self.subjects}
+
         def made() -> CropFeatures:
             return CropFeatures(source, volumes, channels=len(self.store.channels), device=self.device)
 

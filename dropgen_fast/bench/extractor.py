@@ -104,7 +104,7 @@ def run(
         runs: dict[str, Run] = {}
         for way, function in ways(name, meter.device).items():
             progress(f"{name}: warming up {way}")
-            one = _run(function, images, half=config.precision == "bf16")
+            one = timed(function, images, half=config.precision == "bf16")
             try:
                 for number in range(2):
                     one(number, 0, lambda: None)
@@ -177,9 +177,9 @@ def frozen(name: str, stride: int = 1, *, plain: bool = False) -> FrozenExtracto
 
     With `plain` the definition itself, as an extractor.
     """
-    if name not in NAMES or (name == "mind" and not plain):
-        if plain:
-            raise InputError(f"extractor {name} has no plain definition; there is one of {', '.join(NAMES)}")
+    if plain and name not in NAMES:
+        raise InputError(f"extractor {name} has no plain definition; there is one of {', '.join(NAMES)}")
+    if not plain and name not in anatomix.ARCHITECTURES:
         return load_extractor(name, stride=stride)
     network: Any = definition(name)
     channels = CHANNELS if name == "mind" else anatomix.channels(name)
@@ -202,7 +202,8 @@ def _ratios(name: str, times: Times) -> dict[str, Spread]:
     return ratios | {f"{name}.x_eager": over("eager")}
 
 
-def _run(way: Way, images: list[Tensor], *, half: bool) -> Run:
+def timed(way: Way, images: list[Tensor], *, half: bool) -> Run:
+    """A call as `Meter` runs it, under autocast to bfloat16 where `half` says so."""
     def run(number: int, place: int, mark: Callable[[], None]) -> None:
         image = images[number % len(images)]
         with torch.no_grad(), torch.autocast(image.device.type, torch.bfloat16) if half else contextlib.nullcontext():

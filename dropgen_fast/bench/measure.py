@@ -167,7 +167,6 @@ class Meter:
             call()
             torch.cuda.synchronize(self.device)
             return torch.cuda.max_memory_allocated(self.device) - before
-        gc.collect()  # what a collection frees during the call would hide what the call takes
         try:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now: proc(5)
             before = _status_bytes("VmRSS")

@@ -68,11 +68,7 @@ class TrainingPipeline(Iterator[Batch]):
                  ) -> None:
         augmentation = augmentation or AugmentationConfig()
         _check(patch, batch_size, foreground_fraction, num_threads, rank, world_size)
-        if not all(n >= 1 and size % n == 0 for n, size in zip(align, patch, strict=True)):
-            raise InputError(f"align must divide the patch {patch}, got {align}")
-        if tuple(align) != (1, 1, 1) and augmentation.turning:
-            raise InputError("align is for patches that are not turned; rotate90_probability is "
-                             f"{augmentation.rotate90_probability}")
+        _check_alignment(align, patch, augmentation)
         cases = _select(store, split, case_ids)
         self.cases_per_epoch = len(cases)
         self._device = device
@@ -165,6 +161,14 @@ def _check(patch: Sequence[int], batch_size: int, foreground_fraction: float, nu
         raise InputError(f"foreground_fraction must be between 0 and 1, got {foreground_fraction}")
     if not 0 <= rank < world_size:
         raise InputError(f"rank must be between 0 and world_size - 1 = {world_size - 1}, got {rank}")
+
+
+def _check_alignment(align: Sequence[int], patch: Sequence[int], augmentation: AugmentationConfig) -> None:
+    if not all(n >= 1 and size % n == 0 for n, size in zip(align, patch, strict=True)):
+        raise InputError(f"align must divide the patch {patch}, got {align}")
+    if tuple(align) != (1, 1, 1) and augmentation.turning:
+        raise InputError("align is for patches that are not turned; rotate90_probability is "
+                         f"{augmentation.rotate90_probability}")
 
 
 def _select(store: Store, split: str, case_ids: Sequence[str] | None) -> list[StoredCase]:

@@ -32,8 +32,6 @@ class MIND(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Descriptors of a volume; float32 whatever the input and the autocast."""
-        if image.dim() != 5 or image.shape[1] != 1:
-            raise ValueError(f"image must be (N, 1, D, H, W), got shape {tuple(image.shape)}")
         image = image.detach()
         with torch.autocast(image.device.type, enabled=False):
             return mind_ssc(image.float(), radius=self.radius, dilation=self.dilation)

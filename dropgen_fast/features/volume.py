@@ -101,7 +101,7 @@ class VolumeFeatures:
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
                 seen = F.pad(volume.to(self._device), [v for pair in reversed(padding) for v in pair], mode="replicate")
                 features: Tensor = self._extractor.forward(seen)  # past the compiler: each volume has a size of its own
-            inside = [slice(n // r) for n, r in zip(plan.size, plan.ratio, strict=True)]
+            inside = coarse([slice(0, n) for n in plan.size], plan.ratio)
             return features[(slice(None), slice(None), *inside)].to(volume.device)
         except torch.OutOfMemoryError:
             return None
@@ -123,7 +123,7 @@ class CropFeatures:
 
     Args:
         source: gives the volumes' features.
-        volumes: of each case its size (D, H, W) and what loads it, (Ci, D, H, W) in [0, 1].
+        volumes: of each case its size (D, H, W) and what loads it, (1, Ci, D, H, W) in [0, 1]; one at least.
         channels: of the volumes.
         device: where patches' features are wanted.
 
@@ -133,22 +133,25 @@ class CropFeatures:
 
     def __init__(self, source: VolumeFeatures, volumes: Mapping[str, tuple[Shape, Callable[[], Tensor]]], *, channels: int,
                  device: torch.device) -> None:
-        plans = {case: source.plan(channels, size) for case, (size, _) in volumes.items()}
-        self._device = device
-        self._before: dict[str, Shape] = {}
-        self._features: dict[str, Tensor] = {}
-        total = 4 * sum(plan.features for plan in plans.values() if isinstance(plan, FeaturePlan))
-        resident = device.type == "cuda" and total <= RESIDENT_SHARE * free_bytes(device)
-        for case, plan in plans.items():
+        plans: dict[str, FeaturePlan] = {}
+        for case, (size, _) in volumes.items():
+            plan = source.plan(channels, size)
             if isinstance(plan, str):
                 raise InputError(f"the features of training case {case} cannot be computed at once: {plan}")
-            padded, inside = pad(volumes[case][1]()[None], plan.size)
+            plans[case] = plan
+        self._device, self._patch = device, source.patch
+        self.ratio = next(iter(plans.values())).ratio  # the patch decides it
+        self._before: dict[str, Shape] = {}
+        self._features: dict[str, Tensor] = {}
+        total = 4 * sum(plan.features for plan in plans.values())
+        resident = device.type == "cuda" and total <= RESIDENT_SHARE * free_bytes(device)
+        for case, plan in plans.items():
+            padded, inside = pad(volumes[case][1](), plan.size)
             features = source(padded, plan)
             if features is None:
                 raise InputError(f"the features of training case {case} cannot be computed at once: too little memory on the GPU")
             self._features[case] = features[0].to(device) if resident else features[0]
             self._before[case] = _triple(where.start for where in inside)
-            self.ratio, self._patch = plan.ratio, source.patch
 
     def __call__(self, cases: Sequence[str], starts: Sequence[Sequence[int]]) -> Tensor:
         """Features (N, Cf, d, h, w) of patches of these cases.
@@ -159,9 +162,8 @@ class CropFeatures:
         """
         found = []
         for case, start in zip(cases, starts, strict=True):
-            where = [slice((s + b) // r, (s + b) // r + n // r)
-                     for s, b, n, r in zip(start, self._before[case], self._patch, self.ratio, strict=True)]
-            found.append(self._features[case][(slice(None), *where)])
+            place = [slice(s + b, s + b + n) for s, b, n in zip(start, self._before[case], self._patch, strict=True)]
+            found.append(self._features[case][(slice(None), *coarse(place, self.ratio))])
         return torch.stack(found).to(self._device, non_blocking=True)
 
 
@@ -171,6 +173,11 @@ class CropFeatures:
 def at_least(size: Sequence[int], patch: Shape) -> Shape:
     """The larger along each axis."""
     return _triple(max(n, p) for n, p in zip(size, patch, strict=True))
+
+
+def coarse(place: Sequence[slice], ratio: Shape) -> tuple[slice, ...]:
+    """Where voxels that begin and end at multiples of `ratio` lie on the features' grid."""
+    return tuple(slice(s.start // r, s.stop // r) for s, r in zip(place, ratio, strict=True))
 
 
 def pad(volume: Tensor, size: Shape) -> tuple[Tensor, tuple[slice, ...]]:
